@@ -1,0 +1,67 @@
+// The checks and the geometry that the doors of pixel_shuffle and normalized_shuffle share.
+#pragma once
+
+#include "common/shuffle.h"
+#include "common/tensor.h"
+
+namespace vico {
+
+// The grid arguments of both ops, as their schemas have them.
+struct GridArgs {
+  int64_t grid_h, grid_w, rate, skip;
+  bool transposed;
+};
+
+inline void check_grid(const GridArgs& g, const char* op) {
+  VICO_CHECK(g.rate >= 1, op, "rate must be at least 1, got ", g.rate);
+  VICO_CHECK(g.skip >= 0, op, "skip must not be negative, got ", g.skip);
+  VICO_CHECK(g.grid_h > 0 && g.grid_w > 0 && g.grid_h % g.rate == 0 && g.grid_w % g.rate == 0, op,
+             "the grid must be divisible by the rate, got a grid of ", g.grid_h, " x ", g.grid_w, " tokens at rate ",
+             g.rate);
+}
+
+inline void check_tile_index(const std::optional<Tensor>& tile_index, int64_t tiles, const char* op) {
+  if (!tile_index) return;
+  check_cpu(*tile_index, "tile_index", op);
+  check_dtype(*tile_index, ScalarType::Long, "tile_index", "int64", op);
+  check_shape(*tile_index, {-1}, "tile_index", "[selected]", op);
+  VICO_CHECK(tile_index->is_contiguous(), op, "tile_index must be contiguous");
+  const int64_t* index = tile_index->const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < tile_index->numel(); ++i) {
+    VICO_CHECK(index[i] >= 0 && index[i] < tiles, op, "tile_index must lie in [0, ", tiles, "), got ", index[i],
+               " at position ", i);
+  }
+}
+
+// Geometry without strides: tiles of `channels` channels, gathered by tile_index.
+inline ShuffleShape shuffle_shape(const GridArgs& g, int64_t tiles, int64_t channels,
+                                  const std::optional<Tensor>& tile_index) {
+  ShuffleShape s;
+  s.tiles = tiles;
+  s.grid_h = g.grid_h;
+  s.grid_w = g.grid_w;
+  s.channels = channels;
+  s.rate = g.rate;
+  s.skip = g.skip;
+  s.transposed = g.transposed;
+  s.selected = tile_index ? tile_index->numel() : tiles;
+  s.tile_index = tile_index ? tile_index->const_data_ptr<int64_t>() : nullptr;
+  return s;
+}
+
+// Checks `tokens` [tiles, skip + grid_h * grid_w, channels], any strides with dense channels, and gives its geometry.
+inline ShuffleShape checked_shuffle_shape(const Tensor& tokens, const GridArgs& g,
+                                          const std::optional<Tensor>& tile_index, const char* op) {
+  check_cpu(tokens, "tokens", op);
+  float_dtype(tokens, "tokens", op);
+  check_grid(g, op);
+  check_shape(tokens, {-1, g.skip + g.grid_h * g.grid_w, -1}, "tokens", "[tiles, skip + grid_h * grid_w, channels]",
+              op);
+  check_tile_index(tile_index, tokens.size(0), op);
+  ShuffleShape s = shuffle_shape(g, tokens.size(0), tokens.size(2), tile_index);
+  s.tile_stride = tokens.stride(0);
+  s.token_stride = tokens.stride(1);
+  return s;
+}
+
+}  // namespace vico

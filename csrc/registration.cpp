@@ -1,0 +1,68 @@
+// Table of contents: every op of vico_ext, schemas only. Implementations register in csrc/<op>/<op>_op.cpp; fake
+// kernels and gradients in vico_ext/ops/<op>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(vico, m) {
+  // pixel shuffle: ViT tokens [tiles, skip + grid_h * grid_w, V] -> [selected, tokens / rate^2, rate^2 * V]
+  m.def(
+      "pixel_shuffle(Tensor tokens, int grid_h, int grid_w, int rate, Tensor? tile_index=None, int skip=0, "
+      "bool transposed=False) -> Tensor");
+  m.def(
+      "pixel_shuffle_backward(Tensor grad_out, SymInt tiles, int grid_h, int grid_w, int rate, Tensor? "
+      "tile_index=None, "
+      "int skip=0, bool transposed=False) -> Tensor");
+
+  // the same with LayerNorm over the shuffled channels in one pass; mean and rstd are per output token
+  m.def(
+      "normalized_shuffle(Tensor tokens, Tensor weight, Tensor bias, float eps, int grid_h, int grid_w, int rate, "
+      "Tensor? tile_index=None, int skip=0, bool transposed=False) -> (Tensor out, Tensor mean, Tensor rstd)");
+  m.def(
+      "normalized_shuffle_backward(Tensor grad_out, Tensor tokens, Tensor weight, Tensor mean, Tensor rstd, "
+      "int grid_h, int grid_w, int rate, Tensor? tile_index, int skip, bool transposed, bool need_grad_tokens) -> "
+      "(Tensor grad_tokens, Tensor grad_weight, Tensor grad_bias)");
+
+  // the projection's epilogue: dropout(gelu(x + bias)), exact GELU; the dropout mask is a function of `seed`
+  m.def("bias_gelu(Tensor x, Tensor? bias=None, Tensor? seed=None, float dropout=0.0) -> Tensor");
+  m.def("bias_gelu_(Tensor(a!) x, Tensor? bias=None, Tensor? seed=None, float dropout=0.0) -> ()");
+  m.def(
+      "bias_gelu_backward(Tensor grad_out, Tensor x, Tensor? bias, Tensor? seed, float dropout) -> "
+      "(Tensor grad_x, Tensor grad_bias)");
+
+  // both connectors' tokens [full tiles, n, H], [compressed tiles, m, H], plus bias -> packed [T, H] in tile order
+  m.def(
+      "pack_tokens(Tensor full, Tensor compressed, Tensor? full_bias, Tensor? compressed_bias, Tensor cu_tokens, "
+      "Tensor order) -> Tensor");
+  m.def(
+      "pack_tokens_backward(Tensor grad_out, Tensor cu_tokens, Tensor order, SymInt full_tiles, int full_tokens, "
+      "int compressed_tokens) -> (Tensor grad_full, Tensor grad_compressed, Tensor grad_full_bias, "
+      "Tensor grad_compressed_bias)");
+
+  // absorbed attention pooling: softmax over a tile's tokens of query . token, and the tokens' mean under it
+  m.def("attention_pool(Tensor tokens, Tensor query, int skip=0) -> (Tensor context, Tensor lse)");
+  m.def(
+      "attention_pool_backward(Tensor grad_context, Tensor tokens, Tensor query, Tensor context, Tensor lse, int skip, "
+      "bool need_grad_tokens) -> (Tensor grad_tokens, Tensor grad_query)");
+
+  // x weight^T for few rows of x: bound by reading the weight once
+  m.def("skinny_linear(Tensor x, Tensor weight) -> Tensor");
+
+  // routing: which tiles are compressed, and where each tile's tokens go
+  m.def("quantile_route(Tensor p, Tensor? cu_tiles, float relative, float absolute) -> Tensor compress");
+  m.def("plan_tokens(Tensor compress, int full_tokens, int compressed_tokens) -> (Tensor cu_tokens, Tensor order)");
+
+  // rows of `embeds` and `tokens` laid out by `source`: -1 zero row, [0, R) a row of embeds, [R, R + T) a row of tokens
+  m.def("merge_tokens(Tensor embeds, Tensor tokens, Tensor source) -> Tensor");
+  m.def(
+      "merge_tokens_backward(Tensor grad_out, Tensor source, SymInt embed_rows, SymInt token_rows) -> "
+      "(Tensor grad_embeds, Tensor grad_tokens)");
+  m.def("scatter_tokens_(Tensor(a!) embeds, Tensor index, Tensor tokens) -> ()");
+
+  // sequence compression: which positions stay, and where each position of the shorter sequence comes from
+  m.def(
+      "keep_placeholders(Tensor input_ids, Tensor? attention_mask, Tensor compress, int placeholder, int full_tokens, "
+      "int compressed_tokens) -> (Tensor keep, Tensor counts)");
+  m.def(
+      "compress_sequence(Tensor input_ids, Tensor keep, int placeholder, SymInt length, bool pad_left) -> "
+      "(Tensor position, Tensor source)");
+  m.def("renumber_positions(Tensor position_ids, Tensor keep, Tensor position) -> Tensor");
+}

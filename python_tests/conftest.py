@@ -1,0 +1,43 @@
+"""Fixtures: the golden file of the released semantics, deterministic random inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden" / "flash_v32_h48.safetensors"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Inputs, weights and fp64 outputs of the released semantics at small sizes."""
+
+    weights: dict[str, Tensor]
+    data: dict[str, Tensor]
+    meta: dict[str, str]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.data[key]
+
+    def weights_as(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {k: w.to(dtype) for k, w in self.weights.items()}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    with safe_open(GOLDEN, "pt") as f:
+        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
+        meta = f.metadata()
+    prefix = "weight/"
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return Golden(weights, {k: v for k, v in tensors.items() if not k.startswith(prefix)}, meta)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,137 @@
+"""pixel_shuffle: pure data movement, so every comparison is bit-equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vico_ext import functional as VF
+from vico_ext import reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+op = torch.ops.vico.pixel_shuffle
+
+
+def test_golden(golden):
+    tokens = golden["vit_tokens"][:1]
+    assert torch.equal(VF.pixel_shuffle(tokens, 2)[0], golden["shuffle_2x2_tile0"])
+    assert torch.equal(VF.pixel_shuffle(tokens, 4)[0], golden["shuffle_4x4_tile0"])
+
+
+@st.composite
+def problems(draw):
+    rate = draw(st.sampled_from([1, 2, 3, 4]))
+    grid = (rate * draw(st.integers(1, 4)), rate * draw(st.integers(1, 4)))
+    tiles, channels = draw(st.integers(0, 4)), draw(st.integers(1, 19))
+    has_cls = draw(st.booleans())
+    tokens = torch.randn(tiles, has_cls + grid[0] * grid[1], channels, dtype=torch.float32)
+    index = draw(st.none() | st.lists(st.integers(0, max(tiles - 1, 0)), max_size=6 if tiles else 0))
+    tokens = draw(st.sampled_from([lambda t: t, _strided, _transposed_storage, _offset]))(tokens)
+    return {
+        "tokens": tokens.to(draw(st.sampled_from(DTYPES))),
+        "rate": rate,
+        "grid": grid,
+        "tile_index": None if index is None else torch.tensor(index, dtype=torch.long),
+        "has_cls": has_cls,
+        "ps_version": draw(st.sampled_from(["v1", "v2"])),
+    }
+
+
+def _strided(tokens: Tensor) -> Tensor:
+    """A view into a wider buffer: every stride is larger than dense."""
+    tiles, count, channels = tokens.shape
+    wide = torch.full((tiles, count + 2, channels + 3), torch.nan)
+    wide[:, 1:-1, 2:-1] = tokens
+    return wide[:, 1:-1, 2:-1]
+
+
+def _transposed_storage(tokens: Tensor) -> Tensor:
+    return tokens.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _offset(tokens: Tensor) -> Tensor:
+    return torch.cat([tokens.new_full((1,), torch.nan), tokens.flatten()])[1:].view_as(tokens)
+
+
+def _expected(problem):
+    return reference.pixel_shuffle(
+        problem["tokens"],
+        problem["rate"],
+        grid=problem["grid"],
+        tile_index=problem["tile_index"],
+        skip=int(problem["has_cls"]),
+        version=problem["ps_version"],
+    )
+
+
+@given(problems())
+@settings(deadline=None, max_examples=150)
+def test_matches_reference(problem):
+    rest = {k: v for k, v in problem.items() if k not in ("tokens", "rate")}
+    got = VF.pixel_shuffle(problem["tokens"], problem["rate"], **rest)
+    assert torch.equal(got, _expected(problem))
+    assert got.is_contiguous()
+
+
+@given(problems())
+@settings(deadline=None, max_examples=60)
+def test_backward_is_the_adjoint(problem):
+    tokens = problem["tokens"].double().requires_grad_()
+    problem = {**problem, "tokens": tokens}
+    rest = {k: v for k, v in problem.items() if k not in ("tokens", "rate")}
+    grad_out = torch.randn_like(_expected(problem))
+    (got,) = torch.autograd.grad(VF.pixel_shuffle(tokens, problem["rate"], **rest), tokens, grad_out)
+    (want,) = torch.autograd.grad(_expected(problem), tokens, grad_out)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)  # sums of repeated tiles may associate differently
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    tokens = torch.randn(3, 17, 5, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(op.default, (tokens, 4, 4, 2, None, 1))
+    torch.library.opcheck(op.default, (tokens, 4, 4, 4, torch.tensor([2, 0, 2]), 1, True))
+
+
+def test_gradcheck():
+    tokens = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([1, 0, 1])
+    assert torch.autograd.gradcheck(lambda t: op(t, 2, 4, 2, index, 1), (tokens,))
+
+
+def test_compiles_whole_with_dynamic_tiles():
+    compiled = torch.compile(lambda t: VF.pixel_shuffle(t, 2) * 2, fullgraph=True, dynamic=True)
+    for tiles in (2, 3, 5):
+        tokens = torch.randn(tiles, 17, 6)
+        assert torch.equal(compiled(tokens), VF.pixel_shuffle(tokens, 2) * 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kwargs", "message"),
+    [
+        ((17, 6), {}, r"tokens must have shape \[tiles, tokens, channels\], got \[17, 6\]"),
+        ((1, 16, 6), {}, "square grid after the CLS token, got 15"),
+        ((1, 17, 6), {"grid": (4, 5)}, r"grid \(4, 5\) needs 20 tokens per tile after the CLS token, got 16"),
+        ((1, 10, 6), {}, r"grid \(3, 3\) must be divisible by the rate 2"),
+        ((1, 17, 6), {"ps_version": "v3"}, "ps_version must be 'v1' or 'v2', got 'v3'"),
+    ],
+)
+def test_bad_arguments(shape, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        VF.pixel_shuffle(torch.zeros(shape), 2, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "index", "message"),
+    [
+        (torch.zeros(2, 17, 4), torch.tensor([2]), r"tile_index must lie in \[0, 2\), got 2 at position 0"),
+        (torch.zeros(2, 17, 4), torch.tensor([0], dtype=torch.int32), "tile_index must be int64, got int32"),
+        (torch.zeros(2, 17, 4, dtype=torch.int64), None, "tokens must be float32, .* got int64"),
+        (torch.zeros(2, 17, 4), torch.zeros(1, 1, dtype=torch.long), r"tile_index must have shape \[selected\]"),
+    ],
+)
+def test_bad_tensors(tokens, index, message):
+    with pytest.raises(RuntimeError, match=message):
+        VF.pixel_shuffle(tokens, 2, tile_index=index)

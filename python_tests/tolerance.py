@@ -1,0 +1,34 @@
+"""How close is close: a ratio to torch's own error, not a wish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """||got - exact|| / ||exact|| in fp64; infinite where `got` is not finite."""
+    assert got.shape == exact.shape, f"{tuple(got.shape)} is not {tuple(exact.shape)}"
+    if not torch.isfinite(got).all():
+        return float("inf")
+    exact = exact.double()
+    return float((got.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def assert_as_accurate(got: Tensor, eager: Tensor, exact: Tensor, ratio: float = 2.0) -> None:
+    """`got` is within `ratio` of the error that torch's own `eager` result has against `exact` (fp64).
+
+    Where torch happens to be (nearly) exact, one rounding of the dtype is granted.
+    """
+    ours, torchs = relative_error(got, exact), relative_error(eager, exact)
+    rounding = torch.finfo(got.dtype).eps / 2
+    assert ours <= max(ratio * torchs, rounding), f"error {ours:.3e}, torch's own {torchs:.3e} in {got.dtype}"
+
+
+def to_double(fn: Callable[..., Tensor], *args: object) -> Tensor:
+    """fn on the same values in fp64."""
+    return fn(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))

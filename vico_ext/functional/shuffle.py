@@ -1,0 +1,70 @@
+"""Pixel shuffle, alone and with LayerNorm in the same pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["pixel_shuffle"]
+
+
+def _grid_of(tokens: Tensor, grid: tuple[int, int] | None, has_cls: bool, rate: int) -> tuple[int, int]:
+    """The token grid, checked: `grid` itself, or the square that the number of tokens makes."""
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens must have shape [tiles, tokens, channels], got {list(tokens.shape)}")
+    patches = tokens.shape[1] - int(has_cls)
+    if grid is None:
+        side = round(patches**0.5)  # not math.isqrt: patches may be symbolic under torch.compile
+        if side * side != patches:
+            raise ValueError(
+                f"tokens must hold a square grid{' after the CLS token' if has_cls else ''}, got {patches} tokens per "
+                f"tile (shape {list(tokens.shape)}): pass grid=(rows, columns), or check has_cls={has_cls}"
+            )
+        grid = (side, side)
+    if grid[0] * grid[1] != patches:
+        raise ValueError(
+            f"grid {tuple(grid)} needs {grid[0] * grid[1]} tokens per tile{' after the CLS token' if has_cls else ''}, "
+            f"got {patches} (shape {list(tokens.shape)})"
+        )
+    if grid[0] % rate or grid[1] % rate or not patches:
+        raise ValueError(f"grid {tuple(grid)} must be divisible by the rate {rate} in both directions")
+    return grid
+
+
+def _is_transposed(ps_version: str) -> bool:
+    if ps_version not in ("v1", "v2"):
+        raise ValueError(f"ps_version must be 'v1' or 'v2', got {ps_version!r}")
+    return ps_version == "v1"
+
+
+def pixel_shuffle(
+    tokens: Tensor,
+    rate: int = 2,
+    *,
+    grid: tuple[int, int] | None = None,
+    tile_index: Tensor | None = None,
+    has_cls: bool = True,
+    ps_version: str = "v2",
+) -> Tensor:
+    """Merges rate x rate neighbouring ViT tokens into one: space-to-depth on the token grid.
+
+    Output token (h', w') is the concatenation over (i, j) in [0, rate)^2, row-major, of tokens
+    x[rate h' + i, rate w' + j, :]. Equivalent to :func:`vico_ext.reference.pixel_shuffle`, bit for bit.
+
+    Args:
+        tokens: ``[P, 1 + N, V]`` with the CLS token in front, or ``[P, N, V]``; any strides.
+        rate: neighbours merged in each direction: 2 gives N / 4 tokens, 4 gives N / 16.
+        grid: rows and columns of the token grid; by default the square of N tokens.
+        tile_index: ``[M]`` int64, the tiles wanted, in any order; by default all.
+        has_cls: whether a CLS token leads each tile; it is skipped.
+        ps_version: "v2", or "v1" of older models, which leaves the output grid transposed.
+
+    Returns:
+        ``[M, N / rate^2, rate^2 V]``, contiguous, dtype of ``tokens``.
+
+    Raises:
+        ValueError: the tokens do not fill the grid, or the rate does not divide it.
+    """
+    grid = _grid_of(tokens, grid, has_cls, rate)
+    transposed = _is_transposed(ps_version)
+    return torch.ops.vico.pixel_shuffle(tokens, *grid, rate, tile_index, int(has_cls), transposed)

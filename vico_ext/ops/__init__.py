@@ -1,0 +1,8 @@
+"""Fake kernels and gradients of the compiled ops (``torch.ops.vico``), one module per op.
+
+Schemas are in ``csrc/registration.cpp``. Everything a user calls is in ``vico_ext.functional``.
+"""
+
+from vico_ext.ops import pixel_shuffle
+
+__all__ = ["pixel_shuffle"]
