@@ -1,0 +1,25 @@
+#!/bin/sh
+# Rules that no linter knows: torch headers stay in the op doors, kernels stay torch-free, files stay readable.
+set -u
+bad=0
+say() { printf '%s\n%s\n' "$1" "$2"; bad=1; }
+
+torchy=$(grep -rlE '#include *<(torch|ATen|c10)/' csrc |
+  grep -vE '(_op\.cpp|registration\.cpp|common/(tensor|shuffle_args)\.h)$')
+[ -n "$torchy" ] && say 'torch headers outside the op doors:' "$torchy"
+
+unstable=$(grep -rnE '#include *<(ATen|c10)/|#include *<torch/(extension|torch|library)\.h>' csrc)
+[ -n "$unstable" ] && say 'headers outside the stable ABI:' "$unstable"
+
+bare=$(grep -rnE '(^|[^A-Za-z_])asm( volatile)?\(|__shared__' csrc --include='*.cu' --include='*.cuh' |
+  grep -vE 'common/|cuda_on_host/')
+[ -n "$bare" ] && say 'bare asm or __shared__ outside the wrappers:' "$bare"
+
+pickled=$(grep -rnE 'torch\.load\(|import pickle|pickle\.loads?\(' vico_ext)
+[ -n "$pickled" ] && say 'something is unpickled:' "$pickled"
+
+long=$(git ls-files 'csrc/*' 'vico_ext/*' 'python_tests/*' 'bench/*' | grep -E '\.(py|h|hpp|cc|cpp|cu|cuh)$' |
+  xargs wc -l | awk '$2 != "total" && $1 > 500 {print $1, $2}')
+[ -n "$long" ] && say 'files over 500 lines:' "$long"
+
+exit $bad

@@ -1,0 +1,32 @@
+#!/bin/sh
+# The op tests under AddressSanitizer and UBSan: the extension is built with both (for the baseline instruction set, which
+# the ordinary test run does not take where AVX2 is to be had), Python itself is not.
+set -eu
+bin=$1
+build=build/sanitize
+venv_site=$("$bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$bin/python" -m pip install --quiet --disable-pip-version-check cmake ninja pybind11
+PATH="$bin:$PATH" cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$bin/python" -DVICO_EXT_WERROR=ON \
+  -DVICO_EXT_BASELINE_ONLY=ON -DVICO_EXT_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+PATH="$bin:$PATH" cmake --build "$build" >/dev/null
+cp -r vico_ext "$work/vico_ext"
+rm -f "$work"/vico_ext/*.so
+PATH="$bin:$PATH" cmake --install "$build" --prefix "$work" >/dev/null
+
+preload=$(c++ -print-file-name=libasan.so):$(c++ -print-file-name=libstdc++.so)
+# leaks: Python and torch keep memory to the end of the process on purpose
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
+export PYTHONPATH="$work" VICO_SANITIZED=1
+LD_PRELOAD="$preload" "$bin/python" - <<'PY'
+import vico_ext, vico_ext._C as c
+assert c.cpu_arch() == "baseline", c.cpu_arch()
+print("sanitized ops from", vico_ext.__path__[0].split("/")[-1], c.cpu_arch())
+PY
+cp -r python_tests "$work/python_tests"
+cp pyproject.toml "$work/"
+cd "$work"
+LD_PRELOAD="$preload" "$bin/python" -m pytest -q -x -p no:cacheprovider python_tests \
+  -k 'not compile and not export and not cli and not ddp and not golden_install and not readme and not import_error'

@@ -1,0 +1,80 @@
+# Everything a fresh machine needs is python3, a C++ compiler and make.
+#   make demo    the main job on real images, pictures and table
+#   make test    the test suite
+#   make help    the rest
+
+PYTHON ?= python3
+VENV   ?= .venv
+# The torch that is installed where the environment has none; any torch>=2.11 works.
+TORCH  ?= torch==2.13.0
+OUT    ?= out/demo
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc vico_ext _build_backend -type f \
+             -not -name '*.so' -not -path '*/__pycache__/*')
+
+.PHONY: help demo test lint format bench bench-report install sanitize package clean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)" numpy
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet ".[demo]"
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(PIP) install --quiet ".[test,lint]" build
+	@touch $@
+
+## make install   a virtual environment in .venv with torch and vico_ext
+install: $(VENV)/.installed
+
+## make demo      real images through a small InternVL: tokens, times, pictures in out/demo
+demo: $(VENV)/.installed
+	cd / && $(abspath $(BIN))/vico demo --out $(abspath $(OUT))
+
+## make test      the test suite against the installed package
+test: $(VENV)/.tools
+	$(BIN)/pytest
+
+## make lint      ruff, mypy, clang-format and the house rules
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	sh .ci/house_rules.sh
+
+## make format    rewrite the sources in the house style
+format: $(VENV)/.tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+
+## make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/.tools
+	sh .ci/sanitize.sh $(abspath $(BIN))
+
+## make package   sdist, wheel, editable and offline installs, each in an environment of its own
+package: $(VENV)/.tools
+	sh .ci/package.sh $(abspath $(BIN))
+
+## make bench     all benchmarks, recorded in bench/results (about 20 minutes), README tables rewritten
+bench: $(VENV)/.tools
+	mkdir -p bench/results
+	$(BIN)/pytest bench -q --benchmark-json=bench/results/cpu.json
+	$(BIN)/python bench/report.py
+
+## make bench-report  rewrite the README tables from bench/results
+bench-report: $(VENV)/.tools
+	$(BIN)/python bench/report.py
+
+## make clean     remove what was built (the virtual environment stays)
+clean:
+	rm -rf build dist out vico_ext/*.so
