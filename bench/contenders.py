@@ -1,7 +1,7 @@
 """Whom vico_ext is compared with: the released semantics, and the best plain PyTorch that a skilled user would write.
 
-Both compute what ``vico_ext`` computes for the whole visual side after the ViT: router, plan, connectors, and the visual
-tokens written over the kept placeholders of the shortened sequence.
+Both compute what ``vico_ext`` computes for the whole visual side after the ViT: router, plan, connectors, and the
+visual tokens written over the kept placeholders of the shortened sequence.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ RECORD = ROOT / "bench" / "results" / "cpu.json"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: written by bench/report.py -->", "<!-- benchmarks: end -->"
 HEADER = (
-    "| case | size | tiles | released | compiled | plain PyTorch, routed | vico_ext | × released | × compiled | × routed "
+    "| case | size | tiles | released | compiled | routed | vico_ext | × released | × compiled | × routed "
     "| peak memory, of released |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -45,7 +45,7 @@ def certificate(record: dict[str, Any]) -> str:
     machine, commit = record["machine_info"], record["commit_info"]
     dirty = ", with uncommitted changes" if commit["dirty"] else ""
     return (
-        f"Milliseconds, median (p20–p80), contenders interleaved in one process; × is the contender's median over ours. "
+        "Milliseconds, median (p20–p80), contenders interleaved in one process; × is the contender's median over ours. "
         f"{machine['cpu']['brand_raw']}, {machine['torch_threads']} threads, {machine['kernels']} kernels, "
         f"torch {machine['torch']}, Python {machine['python']}, {machine['compiler']}; fp32; commit "
         f"{commit['id'][:10]}{dirty}, {record['datetime'][:10]}; "
