@@ -138,8 +138,6 @@ def visual_side(size: Size, tiles: int) -> Contenders:
 def visual_side_training(size: Size, tiles: int) -> Contenders:
     """Forward and the connectors' gradients; the router decides and does not train, the ViT is frozen."""
     model, x = Model(size), inputs(size, tiles)
-    for parameter in model.router.parameters():
-        parameter.requires_grad_(False)
     parts = ReleasedParts(compiled)
     params = list(model.connector.parameters())
     return {

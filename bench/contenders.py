@@ -36,7 +36,8 @@ class Inputs:
 def released_visual_side(x: Inputs, w: Weights, *, parts: ReleasedParts | None = None) -> Tensor:
     """The released order of things, per-tile loop included."""
     parts = parts or ReleasedParts()
-    p = parts.route(x.tokens, w)[:, 0]
+    with torch.no_grad():  # a decision has no gradient
+        p = parts.route(x.tokens, w)[:, 0]
     compress = reference.released_route(p.float(), RELATIVE, 0.0)
     full, small = parts.connectors(x.tokens, w)
     visual = torch.cat([small[t] if compress[t] else full[t] for t in range(len(compress))])
@@ -66,7 +67,8 @@ def _released_connectors(tokens: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
 
 
 def routed_visual_side(x: Inputs, w: Weights) -> Tensor:
-    p = routed_router(x.tokens, w)[:, 0]
+    with torch.no_grad():
+        p = routed_router(x.tokens, w)[:, 0]
     compress = (p > torch.quantile(p.float(), RELATIVE)) & (p >= 0.0)
     visual = routed_connector(x.tokens, w, compress)
     return routed_merge(x.embeds, x.input_ids, visual, compress, x.placeholder)
