@@ -3,7 +3,8 @@
 # isort: off
 from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, or says why it cannot)
 from vico_ext import functional, reference
+from vico_ext.modules import FusedConnector
 # isort: on
 
-__all__ = ["functional", "reference"]
+__all__ = ["FusedConnector", "functional", "reference"]
 __version__ = "0.1.0"
