@@ -3,7 +3,8 @@
 # isort: off
 from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, or says why it cannot)
 from vico_ext import functional, reference
+from vico_ext.checkpoint import FlashCheckpointError, FlashWeights, load_flash, save_flash
 # isort: on
 
-__all__ = ["functional", "reference"]
+__all__ = ["FlashCheckpointError", "FlashWeights", "functional", "load_flash", "reference", "save_flash"]
 __version__ = "0.1.0"
