@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["pixel_shuffle"]
+__all__ = ["normalized_shuffle", "pixel_shuffle"]
 
 
 def _grid_of(tokens: Tensor, grid: tuple[int, int] | None, has_cls: bool, rate: int) -> tuple[int, int]:
@@ -68,3 +68,46 @@ def pixel_shuffle(
     grid = _grid_of(tokens, grid, has_cls, rate)
     transposed = _is_transposed(ps_version)
     return torch.ops.vico.pixel_shuffle(tokens, *grid, rate, tile_index, int(has_cls), transposed)
+
+
+def normalized_shuffle(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rate: int = 2,
+    *,
+    eps: float = 1e-5,
+    grid: tuple[int, int] | None = None,
+    tile_index: Tensor | None = None,
+    has_cls: bool = True,
+    ps_version: str = "v2",
+) -> Tensor:
+    """LayerNorm over the rate^2 V channels of :func:`pixel_shuffle`'s output, without the shuffled tensor in between.
+
+    With x a shuffled row: (x - mean(x)) / sqrt(var(x) + eps) * weight + bias. Equivalent to
+    :func:`vico_ext.reference.normalized_shuffle`.
+
+    Args:
+        tokens: ``[P, 1 + N, V]`` with the CLS token in front, or ``[P, N, V]``; any strides.
+        weight: ``[rate^2 V]``, dtype of ``tokens``, or float32 beside 16-bit tokens.
+        bias: like ``weight``.
+        rate: neighbours merged in each direction.
+        eps: added to the variance.
+        grid: rows and columns of the token grid; by default the square of N tokens.
+        tile_index: ``[M]`` int64, the tiles wanted, in any order; by default all.
+        has_cls: whether a CLS token leads each tile; it is skipped.
+        ps_version: "v2", or "v1" of older models, which leaves the output grid transposed.
+
+    Returns:
+        ``[M, N / rate^2, rate^2 V]``, contiguous, dtype of ``tokens``. The statistics are kept in float32 (float64 for
+        float64), whatever the dtype; under autocast the dtype stays that of ``tokens`` too.
+
+    Raises:
+        ValueError: the tokens do not fill the grid, or the rate does not divide it.
+    """
+    grid = _grid_of(tokens, grid, has_cls, rate)
+    transposed = _is_transposed(ps_version)
+    out, _mean, _rstd = torch.ops.vico.normalized_shuffle(
+        tokens, weight, bias, eps, *grid, rate, tile_index, int(has_cls), transposed
+    )
+    return out

@@ -3,6 +3,6 @@
 Schemas are in ``csrc/registration.cpp``. Everything a user calls is in ``vico_ext.functional``.
 """
 
-from vico_ext.ops import pixel_shuffle
+from vico_ext.ops import bias_gelu, normalized_shuffle, pack_tokens, pixel_shuffle
 
-__all__ = ["pixel_shuffle"]
+__all__ = ["bias_gelu", "normalized_shuffle", "pack_tokens", "pixel_shuffle"]

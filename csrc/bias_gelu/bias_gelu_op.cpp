@@ -1,0 +1,106 @@
+// The door of bias_gelu: checks, allocation, threads.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "bias_gelu/bias_gelu.h"
+#include "common/parameter.h"
+
+namespace vico {
+namespace {
+
+// An element's cost in units of parallel_rows: its arithmetic outweighs its memory traffic.
+constexpr int64_t kElementCost = 4;
+
+Dtype checked_dtype(const Tensor& x, const std::optional<Tensor>& bias, const char* op) {
+  check_cpu(x, "x", op);
+  const Dtype dtype = float_dtype(x, "x", op);
+  VICO_CHECK(x.dim() >= 1, op, "x must have shape [..., features], got []");
+  if (bias) check_parameter(*bias, dtype, x.size(x.dim() - 1), "bias", "[features]", op);
+  return dtype;
+}
+
+DropoutMask dropout_mask(const std::optional<Tensor>& seed, double dropout, const char* op) {
+  VICO_CHECK(dropout >= 0 && dropout <= 1, op, "dropout must lie in [0, 1], got ", dropout);
+  DropoutMask mask;
+  if (dropout == 0) return mask;
+  VICO_CHECK(seed.has_value(), op, "dropout ", dropout, " needs a seed: a tensor [1] of int64");
+  check_cpu(*seed, "seed", op);
+  check_dtype(*seed, ScalarType::Long, "seed", "int64", op);
+  check_shape(*seed, {1}, "seed", "[1]", op);
+  mask.active = true;
+  mask.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  mask.keep_below = static_cast<uint32_t>(std::min(std::round((1 - dropout) * 4294967296.0), 4294967295.0));
+  mask.scale = dropout < 1 ? 1 / (1 - dropout) : 0;
+  return mask;
+}
+
+void run_forward(const Tensor& x, const std::optional<Tensor>& bias_in, const std::optional<Tensor>& seed,
+                 double dropout, Tensor& out, const char* op) {
+  BiasGeluParams p;
+  p.dtype = checked_dtype(x, bias_in, op);
+  p.mask = dropout_mask(seed, dropout, op);
+  if (x.numel() == 0) return;
+  const std::optional<Tensor> bias = as_accumulate(bias_in, p.dtype);
+  p.columns = x.size(x.dim() - 1);
+  p.x = x.const_data_ptr();
+  p.bias = data_or_null(bias);
+  p.out = out.mutable_data_ptr();
+  parallel_rows(x.numel(), kElementCost, [&](int64_t begin, int64_t end) { VICO_CPU_CALL(bias_gelu, p, begin, end); });
+}
+
+Tensor bias_gelu_op(const Tensor& x_in, const std::optional<Tensor>& bias, const std::optional<Tensor>& seed,
+                    double dropout) {
+  checked_dtype(x_in, bias, "bias_gelu");
+  const Tensor x = to_contiguous(x_in);
+  Tensor out = torch::stable::empty_like(x);
+  run_forward(x, bias, seed, dropout, out, "bias_gelu");
+  return out;
+}
+
+void bias_gelu_inplace_op(Tensor x, const std::optional<Tensor>& bias, const std::optional<Tensor>& seed,
+                          double dropout) {
+  checked_dtype(x, bias, "bias_gelu_");
+  VICO_CHECK(x.is_contiguous(), "bias_gelu_", "x must be contiguous to be changed in place: use bias_gelu");
+  run_forward(x, bias, seed, dropout, x, "bias_gelu_");
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_backward_op(const Tensor& grad_out_in, const Tensor& x_in,
+                                                 const std::optional<Tensor>& bias_in,
+                                                 const std::optional<Tensor>& seed, double dropout) {
+  constexpr const char* kOp = "bias_gelu_backward";
+  BiasGeluBackwardParams p;
+  p.dtype = checked_dtype(x_in, bias_in, kOp);
+  check_cpu(grad_out_in, "grad_out", kOp);
+  check_same_dtype(grad_out_in, x_in, "grad_out", "x", kOp);
+  VICO_CHECK(shape_string(grad_out_in) == shape_string(x_in), kOp, "grad_out must have the shape of x, ",
+             shape_string(x_in), ", got ", shape_string(grad_out_in));
+  p.mask = dropout_mask(seed, dropout, kOp);
+  const Tensor grad_out = to_contiguous(grad_out_in), x = to_contiguous(x_in);
+  const std::optional<Tensor> bias = as_accumulate(bias_in, p.dtype);
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_bias = bias_in ? make_tensor(*bias_in, {bias_in->numel()}) : make_tensor(x, {0});
+  p.elements = x.numel();
+  // Without a bias rows mean nothing: any length will do that splits the elements well.
+  p.columns = bias ? x.size(x.dim() - 1) : 512;
+  const int64_t chunks = p.elements ? chunk_count((p.elements + p.columns - 1) / p.columns) : 0;
+  Tensor partials = make_partials(x, p.dtype, bias ? chunks : 0, p.columns);
+  p.grad_out = grad_out.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.bias = data_or_null(bias);
+  p.grad_x = grad_x.mutable_data_ptr();
+  p.partials = bias ? partials.mutable_data_ptr() : nullptr;
+  parallel_rows(chunks, kChunkRows * p.columns * kElementCost,
+                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(bias_gelu_backward, p, begin, end); });
+  if (bias) combine_partials(partials, 0, grad_bias);
+  return {grad_x, grad_bias};
+}
+
+}  // namespace
+}  // namespace vico
+
+STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+  m.impl("bias_gelu", TORCH_BOX(&vico::bias_gelu_op));
+  m.impl("bias_gelu_", TORCH_BOX(&vico::bias_gelu_inplace_op));
+  m.impl("bias_gelu_backward", TORCH_BOX(&vico::bias_gelu_backward_op));
+}

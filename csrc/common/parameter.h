@@ -1,0 +1,46 @@
+// What the op doors share about learned parameters: gains and biases that go with an activation, and their gradients.
+#pragma once
+
+#include "common/column_sum.h"
+#include "common/tensor.h"
+
+namespace vico {
+
+// Checks a gain or bias [size] that is applied to activations of dtype `activation`: it has their dtype, or float32
+// beside 16-bit activations, as mixed precision keeps parameters.
+inline void check_parameter(const Tensor& t, Dtype activation, int64_t size, const char* name, const char* wanted,
+                            const char* op) {
+  check_cpu(t, name, op);
+  const Dtype dtype = float_dtype(t, name, op);
+  VICO_CHECK(dtype == activation || (dtype == Dtype::kFloat && activation != Dtype::kDouble), op, name,
+             " must have the dtype of the activations, or float32 beside 16-bit activations, got ", dtype_string(t));
+  check_shape(t, {size}, name, wanted, op);
+}
+
+// A parameter as the kernels read it: dense, in the type of the sums (double for double, float for all else).
+inline Tensor as_accumulate(const Tensor& t, Dtype activation) {
+  return to_contiguous(torch::stable::to(t, accumulate_type(activation)));
+}
+inline std::optional<Tensor> as_accumulate(const std::optional<Tensor>& t, Dtype activation) {
+  return t ? std::optional<Tensor>(as_accumulate(*t, activation)) : std::nullopt;
+}
+
+// Partial sums [chunks, sums * columns] that a kernel is about to write.
+inline Tensor make_partials(const Tensor& like, Dtype dtype, int64_t chunks, int64_t columns) {
+  return make_tensor(like, {chunks, columns}, accumulate_type(dtype));
+}
+
+// out [columns] = the sum over the chunks of partials[:, first : first + columns].
+inline void combine_partials(const Tensor& partials, int64_t first, Tensor& out) {
+  ColumnSumParams p;
+  p.dtype = float_dtype(out, "out", "column_sum");
+  p.chunks = partials.size(0);
+  p.chunk_stride = partials.size(1);
+  const int64_t bytes = p.dtype == Dtype::kDouble ? 8 : 4;
+  p.partials = static_cast<const char*>(partials.const_data_ptr()) + first * bytes;
+  p.out = out.mutable_data_ptr();
+  parallel_rows(out.numel(), std::max<int64_t>(1, p.chunks),
+                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(combine_chunks, p, begin, end); });
+}
+
+}  // namespace vico

@@ -1,0 +1,118 @@
+// The door of normalized_shuffle: checks, allocation, threads.
+#include <torch/csrc/stable/library.h>
+
+#include "common/parameter.h"
+#include "common/shuffle_args.h"
+#include "common/tile_map.h"
+#include "normalized_shuffle/normalized_shuffle.h"
+
+namespace vico {
+namespace {
+
+constexpr const char* kChannels = "[rate * rate * channels]";
+
+std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_op(const Tensor& tokens_in, const Tensor& weight_in,
+                                                         const Tensor& bias_in, double eps, int64_t grid_h,
+                                                         int64_t grid_w, int64_t rate,
+                                                         const std::optional<Tensor>& tile_index, int64_t skip,
+                                                         bool transposed) {
+  constexpr const char* kOp = "normalized_shuffle";
+  VICO_CHECK(tokens_in.dim() == 3, kOp, "tokens must have shape [tiles, tokens, channels], got ",
+             shape_string(tokens_in));
+  const Tensor tokens = with_dense_last_dim(tokens_in);
+  NormalizedShuffleParams p;
+  p.shape = checked_shuffle_shape(tokens, {grid_h, grid_w, rate, skip, transposed}, tile_index, kOp);
+  const ShuffleShape& s = p.shape;
+  p.dtype = float_dtype(tokens, "tokens", kOp);
+  check_parameter(weight_in, p.dtype, s.out_channels(), "weight", kChannels, kOp);
+  check_parameter(bias_in, p.dtype, s.out_channels(), "bias", kChannels, kOp);
+  check_same_dtype(bias_in, weight_in, "bias", "weight", kOp);
+  VICO_CHECK(eps >= 0, kOp, "eps must not be negative, got ", eps);
+
+  const ScalarType sum_type = accumulate_type(p.dtype);
+  Tensor out = make_tensor(tokens, {s.selected, s.out_tokens(), s.out_channels()});
+  Tensor mean = make_tensor(tokens, {s.selected, s.out_tokens()}, sum_type);
+  Tensor rstd = make_tensor(tokens, {s.selected, s.out_tokens()}, sum_type);
+  const Tensor weight = as_accumulate(weight_in, p.dtype), bias = as_accumulate(bias_in, p.dtype);
+  p.eps = eps;
+  p.tokens = tokens.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.bias = bias.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.mean = mean.mutable_data_ptr();
+  p.rstd = rstd.mutable_data_ptr();
+  if (out.numel() == 0) return {out, mean, rstd};
+  parallel_rows(s.selected * s.out_tokens(), s.out_channels(),
+                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle, p, begin, end); });
+  return {out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_backward_op(const Tensor& grad_out_in, const Tensor& tokens_in,
+                                                                  const Tensor& weight_in, const Tensor& mean_in,
+                                                                  const Tensor& rstd_in, int64_t grid_h, int64_t grid_w,
+                                                                  int64_t rate, const std::optional<Tensor>& tile_index,
+                                                                  int64_t skip, bool transposed,
+                                                                  bool need_grad_tokens) {
+  constexpr const char* kOp = "normalized_shuffle_backward";
+  VICO_CHECK(tokens_in.dim() == 3, kOp, "tokens must have shape [tiles, tokens, channels], got ",
+             shape_string(tokens_in));
+  const Tensor tokens = with_dense_last_dim(tokens_in);
+  NormalizedShuffleBackwardParams p;
+  p.shape = checked_shuffle_shape(tokens, {grid_h, grid_w, rate, skip, transposed}, tile_index, kOp);
+  const ShuffleShape& s = p.shape;
+  p.dtype = float_dtype(tokens, "tokens", kOp);
+  const ScalarType sum_type = accumulate_type(p.dtype);
+  const char* sum_name = p.dtype == Dtype::kDouble ? "float64" : "float32";
+  check_cpu(grad_out_in, "grad_out", kOp);
+  check_same_dtype(grad_out_in, tokens, "grad_out", "tokens", kOp);
+  check_shape(grad_out_in, {s.selected, s.out_tokens(), s.out_channels()}, "grad_out",
+              "[selected, out_tokens, rate * rate * channels]", kOp);
+  check_parameter(weight_in, p.dtype, s.out_channels(), "weight", kChannels, kOp);
+  for (const auto& [statistic, name] : {std::pair{&mean_in, "mean"}, std::pair{&rstd_in, "rstd"}}) {
+    check_cpu(*statistic, name, kOp);
+    check_dtype(*statistic, sum_type, name, sum_name, kOp);
+    check_shape(*statistic, {s.selected, s.out_tokens()}, name, "[selected, out_tokens]", kOp);
+  }
+
+  const int64_t channels = s.out_channels();
+  Tensor grad_weight = make_tensor(weight_in, {channels}), grad_bias = make_tensor(weight_in, {channels});
+  Tensor grad_tokens =
+      need_grad_tokens ? make_tensor(tokens, {s.tiles, tokens.size(1), s.channels}) : make_tensor(tokens, {0});
+  const TileMap map = invert_tile_index(s.tile_index, s.selected, s.tiles);
+  std::vector<int64_t> used_tiles;
+  for (int64_t t = 0; t < s.tiles; ++t) {
+    if (map.offsets[t] < map.offsets[t + 1]) used_tiles.push_back(t);
+  }
+  p.tile_offsets = map.offsets.data();
+  p.selected_tiles = map.selected.data();
+  p.used_tiles = used_tiles.data();
+  p.used = static_cast<int64_t>(used_tiles.size());
+  const int64_t chunks = chunk_count(p.used * s.out_tokens());
+  Tensor partials = make_partials(tokens, p.dtype, chunks, 2 * channels);
+  const Tensor grad_out = to_contiguous(grad_out_in), weight = as_accumulate(weight_in, p.dtype);
+  const Tensor mean = to_contiguous(mean_in), rstd = to_contiguous(rstd_in);
+  p.grad_out = grad_out.const_data_ptr();
+  p.tokens = tokens.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.mean = mean.const_data_ptr();
+  p.rstd = rstd.const_data_ptr();
+  p.grad_tokens = grad_tokens.numel() ? grad_tokens.mutable_data_ptr() : nullptr;
+  p.partials = partials.mutable_data_ptr();
+  if (p.grad_tokens) {
+    parallel_rows(s.tiles, tokens.size(1) * s.channels,
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle_zero_rest, p, begin, end); });
+  }
+  parallel_rows(chunks, kChunkRows * channels,
+                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle_backward, p, begin, end); });
+  combine_partials(partials, 0, grad_weight);
+  combine_partials(partials, channels, grad_bias);
+  return {grad_tokens, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace vico
+
+STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+  m.impl("normalized_shuffle", TORCH_BOX(&vico::normalized_shuffle_op));
+  m.impl("normalized_shuffle_backward", TORCH_BOX(&vico::normalized_shuffle_backward_op));
+}

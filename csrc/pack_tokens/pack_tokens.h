@@ -1,0 +1,54 @@
+// pack_tokens: the rows of both connectors, each plus its bias, written to their places in the packed order.
+#pragma once
+
+#include "common/cpu_arch.h"
+#include "common/dtype.h"
+
+namespace vico {
+
+// The source rows are those of `full` [full_tiles, full_tokens, hidden], then of `compressed` [compressed_tiles,
+// compressed_tokens, hidden]. Row j of source tile i goes to packed row cu_tokens[order[i]] + j.
+struct PackShape {
+  int64_t full_tiles = 0, full_tokens = 0;
+  int64_t compressed_tiles = 0, compressed_tokens = 0;
+  int64_t hidden = 0;
+  const int64_t* cu_tokens = nullptr;  // [tiles + 1], tiles = full_tiles + compressed_tiles
+  const int64_t* order = nullptr;      // [tiles], a permutation
+
+  VICO_INLINE int64_t full_rows() const { return full_tiles * full_tokens; }
+  VICO_INLINE int64_t compressed_rows() const { return compressed_tiles * compressed_tokens; }
+  VICO_INLINE int64_t rows() const { return full_rows() + compressed_rows(); }
+
+  // The packed row of source row r of `full`, or of `compressed`.
+  VICO_INLINE int64_t packed_row(bool is_full, int64_t r) const {
+    const int64_t tokens = is_full ? full_tokens : compressed_tokens;
+    return cu_tokens[order[(is_full ? 0 : full_tiles) + r / tokens]] + r % tokens;
+  }
+};
+
+struct PackTokensParams {
+  PackShape shape;
+  Dtype dtype = Dtype::kFloat;
+  const void* full = nullptr;             // contiguous
+  const void* compressed = nullptr;       // contiguous
+  const void* full_bias = nullptr;        // [hidden], float, or double where the tokens are double; null: none
+  const void* compressed_bias = nullptr;  // likewise
+  void* out = nullptr;                    // [rows, hidden], contiguous
+};
+
+struct PackTokensBackwardParams {
+  PackShape shape;
+  Dtype dtype = Dtype::kFloat;
+  const void* grad_out = nullptr;   // [rows, hidden], contiguous
+  void* grad_full = nullptr;        // contiguous
+  void* grad_compressed = nullptr;  // contiguous
+  // [full chunks + compressed chunks, hidden], type of the biases: sums over the rows of each chunk
+  void* partials = nullptr;
+};
+
+// Source rows [begin, end).
+VICO_CPU_KERNEL(pack_tokens, const PackTokensParams&, int64_t begin, int64_t end)
+// Chunks [begin, end) of kChunkRows rows each (common/column_sum.h), those of `full` first.
+VICO_CPU_KERNEL(pack_tokens_backward, const PackTokensBackwardParams&, int64_t begin, int64_t end)
+
+}  // namespace vico

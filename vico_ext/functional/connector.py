@@ -1,0 +1,171 @@
+"""The connectors: normalised shuffle, projections with fused epilogues, and the packed order of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vico_ext.functional.shuffle import normalized_shuffle
+from vico_ext.routing import RoutingPlan
+
+__all__ = ["bias_gelu", "connector", "pack_tokens"]
+
+# Names of the released checkpoints: LayerNorm, then the Linears, of the connector at each rate.
+_FULL = ("mlp1.0", "mlp1.1", "mlp1.3")
+_COMPRESSED = ("mlp2.0", "mlp2.1", "mlp2.4", "mlp2.7")
+
+
+def _dropout_seed(dropout_p: float, training: bool) -> Tensor | None:
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    if not training or dropout_p == 0:
+        return None
+    # From torch's default CPU generator: torch.manual_seed governs it, and activation checkpointing restores it.
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None, *, dropout_p: float = 0.0, training: bool = False) -> Tensor:
+    """dropout(gelu(x + bias)) in one pass, with the exact GELU z Phi(z).
+
+    Equivalent to ``F.dropout(F.gelu(x + bias), dropout_p, training)``; the mask is drawn by Philox4x32-10 and drawn
+    again, not stored, for the backward pass.
+
+    Args:
+        x: ``[..., H]``.
+        bias: ``[H]``, dtype of ``x``, or float32 beside 16-bit ``x``; or None.
+        dropout_p: probability of an element becoming zero; the others are scaled by 1 / (1 - dropout_p).
+        training: whether dropout is applied.
+
+    Returns:
+        Shape and dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: ``dropout_p`` is no probability.
+    """
+    seed = _dropout_seed(dropout_p, training)
+    return torch.ops.vico.bias_gelu(x, bias, seed, 0.0 if seed is None else dropout_p)
+
+
+def _bias_gelu_of_temporary(x: Tensor, bias: Tensor, dropout_p: float, training: bool) -> Tensor:
+    """:func:`bias_gelu` of a tensor that nobody else holds: in place, unless a gradient needs its old values."""
+    if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
+        return bias_gelu(x, bias, dropout_p=dropout_p, training=training)
+    seed = _dropout_seed(dropout_p, training)
+    torch.ops.vico.bias_gelu_(x, bias, seed, 0.0 if seed is None else dropout_p)
+    return x
+
+
+def pack_tokens(
+    full: Tensor,
+    compressed: Tensor,
+    plan: RoutingPlan,
+    full_bias: Tensor | None = None,
+    compressed_bias: Tensor | None = None,
+) -> Tensor:
+    """Both connectors' tokens, each plus its bias, as one packed sequence in tile order.
+
+    Args:
+        full: ``[F, n, H]``, tokens of the tiles that stay whole, in the order of ``plan.order``.
+        compressed: ``[K, m, H]``, tokens of the compressed tiles, likewise; dtype of ``full``.
+        plan: the routing plan of these F + K tiles.
+        full_bias: ``[H]`` added to the rows of ``full``, in their dtype, or float32 beside 16-bit rows; or None.
+        compressed_bias: likewise for ``compressed``.
+
+    Returns:
+        ``[F n + K m, H]``: tile t's tokens are rows plan.cu_tokens[t] .. plan.cu_tokens[t + 1].
+
+    Raises:
+        ValueError: the plan has another number of tiles of either kind, or of tokens per tile.
+    """
+    for name, tokens, tiles, per_tile in (
+        ("full", full, plan.full_tiles, plan.tokens[0]),
+        ("compressed", compressed, plan.compressed_tiles, plan.tokens[1]),
+    ):
+        if tokens.dim() != 3 or tokens.shape[0] != tiles or tokens.shape[1] != per_tile:
+            raise ValueError(
+                f"{name} must have shape [{tiles}, {per_tile}, H] for this plan of {plan.tiles} tiles, "
+                f"{plan.compressed_tiles} of them compressed, got {list(tokens.shape)}: is it the plan of another batch?"
+            )
+    return torch.ops.vico.pack_tokens(full, compressed, full_bias, compressed_bias, plan.cu_tokens, plan.order)
+
+
+def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
+    """Raises ValueError unless ``plan`` is a plan of the tiles in ``tokens`` [P, has_cls + N, V]."""
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens must have shape [tiles, tokens, channels], got {list(tokens.shape)}")
+    if plan.tiles != tokens.shape[0]:
+        raise ValueError(
+            f"the plan routes {plan.tiles} tiles, but tokens hold {tokens.shape[0]} (shape {list(tokens.shape)}): "
+            "is it the plan of another batch?"
+        )
+    patches = tokens.shape[1] - int(has_cls)
+    wanted = (patches // 4, patches // 16)
+    if plan.tokens[0] != wanted[0] or plan.tokens[1] != wanted[1]:
+        raise ValueError(
+            f"the plan gives {plan.tokens[0]} or {plan.tokens[1]} tokens to a tile, but {patches} patch tokens per tile "
+            f"make {wanted[0]} or {wanted[1]}: is it the plan of another batch? (plan_routing's tokens={wanted})"
+        )
+
+
+def connector(
+    tokens: Tensor,
+    weights: Mapping[str, Tensor],
+    plan: RoutingPlan | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    eps: float = 1e-5,
+    grid: tuple[int, int] | None = None,
+    has_cls: bool = True,
+    ps_version: str = "v2",
+) -> Tensor:
+    """ViT tokens to the language model's visual tokens; with a plan, only the chosen connector runs on each tile.
+
+    The 256-token connector is LayerNorm(4V) -> Linear -> GELU -> Linear on 2x2 shuffled tokens, the 64-token connector
+    LayerNorm(16V) -> Linear -> GELU -> dropout -> Linear -> GELU -> dropout -> Linear on 4x4 shuffled ones. Equivalent
+    to :func:`vico_ext.reference.connector`, or ``connector_256`` without a plan.
+
+    With a plan both connectors run, perhaps on no tile at all, so every parameter gets a gradient, zero if need be, as
+    DistributedDataParallel expects.
+
+    Args:
+        tokens: ``[P, 1 + N, V]`` with the CLS token in front, or ``[P, N, V]``; any strides.
+        weights: parameters under the released names, ``mlp1.{0,1,3}`` and, with a plan, ``mlp2.{0,1,4,7}``, each
+            ``.weight`` and ``.bias``.
+        plan: the routing plan of these P tiles, with N / 4 and N / 16 tokens; None for 256 tokens from every tile.
+        dropout_p: dropout of the 64-token connector, in training.
+        training: whether dropout is applied.
+        eps: of the LayerNorms.
+        grid: rows and columns of the token grid; by default the square of N tokens.
+        has_cls: whether a CLS token leads each tile; it is skipped.
+        ps_version: "v2", or "v1" of older models, which leaves the output grid transposed.
+
+    Returns:
+        With a plan ``[T, H]``, T = plan.total_tokens, packed in tile order; without, ``[P, N / 4, H]``. Dtype of the
+        projections: that of ``tokens``, or autocast's.
+
+    Raises:
+        ValueError: the plan is not of these tiles, or the tokens do not fill the grid.
+        KeyError: a parameter is missing from ``weights``.
+    """
+
+    def run(names: tuple[str, ...], rate: int, tile_index: Tensor | None, dropout_p: float, add_bias: bool) -> Tensor:
+        norm, *inner, last = ((weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in names)
+        x = normalized_shuffle(
+            tokens, *norm, rate, eps=eps, grid=grid, tile_index=tile_index, has_cls=has_cls, ps_version=ps_version
+        )
+        for weight, bias in inner:
+            # One name for input and output, so that the input is freed as soon as autograd allows.
+            x = F.linear(x, weight)
+            x = _bias_gelu_of_temporary(x, bias, dropout_p, training)
+        return F.linear(x, last[0], last[1] if add_bias else None)
+
+    if plan is None:
+        return run(_FULL, 2, None, 0.0, True)
+    check_plan(tokens, plan, has_cls)
+    full = run(_FULL, 2, plan.order[: plan.full_tiles], 0.0, False)
+    compressed = run(_COMPRESSED, 4, plan.order[plan.full_tiles :], dropout_p, False)
+    return pack_tokens(full, compressed, plan, weights["mlp1.3.bias"], weights["mlp2.7.bias"])

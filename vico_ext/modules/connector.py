@@ -1,0 +1,168 @@
+"""The dual connector as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vico_ext import functional as VF
+from vico_ext.functional.connector import check_plan
+from vico_ext.routing import RoutingPlan
+
+__all__ = ["FusedConnector"]
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``layer`` does just what its class says: nothing wraps, replaces or watches it."""
+    return (
+        type(layer) is kind
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and "forward" not in layer.__dict__
+    )
+
+
+class FusedConnector(nn.Module):
+    """InternVL's connector at 256 tokens per tile, and InternVL3.5-Flash's second one at 64, behind one routing plan.
+
+    A drop-in for pixel shuffle + ``mlp1`` (+ ``mlp2``) of the released models: parameters have the released names
+    ``mlp1.{0,1,3}`` and ``mlp2.{0,1,4,7}``. The layers are run by :func:`vico_ext.functional.connector`, fused, as long
+    as they are plain; where one was replaced (LoRA, quantisation) or has hooks, they are called as modules after the
+    fused shuffle and norm, so that the result is always that of the layers that are there.
+
+    Args:
+        vit_hidden: V, the ViT's hidden size.
+        llm_hidden: H, the language model's hidden size.
+        dropout: after each GELU of the 64-token connector, in training.
+        layer_norm_eps: added to the variance.
+        ps_version: "v2", or "v1" of older models, which leaves the output grid transposed.
+        grid: rows and columns of the ViT's token grid; by default the square of its tokens.
+        has_cls: whether a CLS token leads each tile; it is skipped.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        vit_hidden: int,
+        llm_hidden: int,
+        *,
+        dropout: float = 0.1,
+        layer_norm_eps: float = 1e-5,
+        ps_version: str = "v2",
+        grid: tuple[int, int] | None = None,
+        has_cls: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if vit_hidden < 1 or llm_hidden < 1:
+            raise ValueError(f"vit_hidden and llm_hidden must be positive, got {vit_hidden} and {llm_hidden}")
+        if ps_version not in ("v1", "v2"):
+            raise ValueError(f"ps_version must be 'v1' or 'v2', got {ps_version!r}")
+        super().__init__()
+        self.vit_hidden, self.llm_hidden = vit_hidden, llm_hidden
+        self.ps_version, self.grid, self.has_cls = ps_version, grid, has_cls
+        kw = {"device": device, "dtype": dtype}
+        v, h = vit_hidden, llm_hidden
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(4 * v, eps=layer_norm_eps, **kw), nn.Linear(4 * v, h, **kw), nn.GELU(), nn.Linear(h, h, **kw)
+        )
+        self.mlp2 = nn.Sequential(
+            nn.LayerNorm(16 * v, eps=layer_norm_eps, **kw),
+            nn.Linear(16 * v, 2 * h, **kw),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * h, 2 * h, **kw),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * h, h, **kw),
+        )
+
+    def forward(self, vit_tokens: Tensor, plan: RoutingPlan | None = None) -> Tensor:
+        """The language model's visual tokens.
+
+        Args:
+            vit_tokens: ``[P, 1 + N, V]`` with the CLS token in front (``has_cls=False``: ``[P, N, V]``), any strides.
+            plan: the routing plan of these P tiles, with N / 4 and N / 16 tokens; None for N / 4 from every tile.
+
+        Returns:
+            With a plan ``[T, H]``, packed in tile order: tile t's tokens are rows plan.cu_tokens[t] ..
+            plan.cu_tokens[t + 1]. Without, ``[P, N / 4, H]``; ``mlp2`` takes no part then.
+
+        Raises:
+            ValueError: the plan is not of these tiles, or the tokens do not fill the grid.
+        """
+        if self._is_fusible():
+            dropout = self.mlp2[3]
+            return VF.connector(
+                vit_tokens,
+                self._weights(),
+                plan,
+                dropout_p=dropout.p,
+                training=dropout.training,
+                eps=self.mlp1[0].eps,
+                grid=self.grid,
+                has_cls=self.has_cls,
+                ps_version=self.ps_version,
+            )
+        if plan is None:
+            return self._run_layers(self.mlp1, vit_tokens, 2, None)
+        check_plan(vit_tokens, plan, self.has_cls)
+        full = self._run_layers(self.mlp1, vit_tokens, 2, plan.order[: plan.full_tiles])
+        compressed = self._run_layers(self.mlp2, vit_tokens, 4, plan.order[plan.full_tiles :])
+        return VF.pack_tokens(full, compressed, plan)
+
+    def _is_fusible(self) -> bool:
+        kinds1 = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)
+        kinds2 = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
+        for sequential, kinds in ((self.mlp1, kinds1), (self.mlp2, kinds2)):
+            if not _is_plain(sequential, nn.Sequential) or len(sequential) != len(kinds):
+                return False
+            for layer, kind in zip(sequential, kinds, strict=True):
+                if not _is_plain(layer, kind):
+                    return False
+                if kind in (nn.LayerNorm, nn.Linear) and (layer.weight is None or layer.bias is None):
+                    return False
+                if kind is nn.GELU and layer.approximate != "none":
+                    return False
+        first, second = self.mlp2[3], self.mlp2[6]
+        same_dropout = first.p == second.p and first.training == second.training
+        return same_dropout and self.mlp1[0].eps == self.mlp2[0].eps
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights = {}
+        for name, sequential, linears in (("mlp1", self.mlp1, (0, 1, 3)), ("mlp2", self.mlp2, (0, 1, 4, 7))):
+            for i in linears:
+                weights[f"{name}.{i}.weight"] = sequential[i].weight
+                weights[f"{name}.{i}.bias"] = sequential[i].bias
+        return weights
+
+    def _run_layers(
+        self, sequential: nn.Sequential, vit_tokens: Tensor, rate: int, tile_index: Tensor | None
+    ) -> Tensor:
+        """One connector, its layers called as modules; shuffle and norm are fused if the norm is plain."""
+        layout = {
+            "grid": self.grid,
+            "tile_index": tile_index,
+            "has_cls": self.has_cls,
+            "ps_version": self.ps_version,
+        }
+        norm, *layers = sequential
+        if not _is_plain(sequential, nn.Sequential):
+            return sequential(VF.pixel_shuffle(vit_tokens, rate, **layout))
+        if _is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+            x = VF.normalized_shuffle(vit_tokens, norm.weight, norm.bias, rate, eps=norm.eps, **layout)
+        else:
+            x = norm(VF.pixel_shuffle(vit_tokens, rate, **layout))
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    def extra_repr(self) -> str:
+        grid = f", grid={self.grid}" if self.grid is not None else ""
+        return (
+            f"vit_hidden={self.vit_hidden}, llm_hidden={self.llm_hidden}, ps_version={self.ps_version!r}{grid}, "
+            f"has_cls={self.has_cls}"
+        )
