@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vico_ext.checkpoint.files import CheckpointFiles, FlashCheckpointError
 
@@ -70,7 +70,8 @@ def load_vision_tower(path: str | Path, dtype: torch.dtype | None = None) -> Int
     if problems:
         raise FlashCheckpointError(path, problems)
     tower.load_state_dict(weights, strict=True, assign=True)
-    return tower.to(dtype or weights["embeddings.cls_token"].dtype).eval()
+    nn.Module.to(tower, dtype or weights["embeddings.cls_token"].dtype)
+    return tower.eval()
 
 
 def _vision_config(files: CheckpointFiles) -> dict[str, Any]:
@@ -80,7 +81,9 @@ def _vision_config(files: CheckpointFiles) -> dict[str, Any]:
         raise FlashCheckpointError(files.path, "config.json with a vision_config is needed to build the vision tower")
     layer = config.get("select_layer", config.get("vision_feature_layer", -1))
     if layer != -1:
-        raise FlashCheckpointError(files.path, f"features of ViT layer {layer} are asked for; only the last (-1) is served")
+        raise FlashCheckpointError(
+            files.path, f"features of ViT layer {layer} are asked for; only the last (-1) is served"
+        )
     vision = {_CONFIG_RENAMES.get(name, name): value for name, value in vision.items()}
     if "attention_probs_dropout_prob" in vision:
         vision["attention_dropout"] = vision.pop("attention_probs_dropout_prob")
@@ -104,7 +107,9 @@ def _renamed(name: str, tensor: Tensor, *, custom: bool) -> dict[str, Tensor]:
 
 
 def _problems(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
-    problems = [f"vision tower: missing {name}, expected {list(wanted[name].shape)}" for name in wanted if name not in got]
+    problems = [
+        f"vision tower: missing {name}, expected {list(wanted[name].shape)}" for name in wanted if name not in got
+    ]
     problems += [f"vision tower: {name} is unknown to InternVLVisionModel" for name in got if name not in wanted]
     problems += [
         f"vision tower: {name} must have shape {list(wanted[name].shape)}, got {list(tensor.shape)}"
