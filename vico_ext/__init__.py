@@ -3,7 +3,30 @@
 # isort: off
 from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, or says why it cannot)
 from vico_ext import functional, reference
+from vico_ext.routing import (
+    BudgetPolicy,
+    PerImagePolicy,
+    ReleasedPolicy,
+    RoutingPlan,
+    RoutingPolicy,
+    ThresholdPolicy,
+    plan_routing,
+)
+from vico_ext.tokens import CompressedSequence, compress_sequence, merge_visual_tokens
 # isort: on
 
-__all__ = ["functional", "reference"]
+__all__ = [
+    "BudgetPolicy",
+    "CompressedSequence",
+    "PerImagePolicy",
+    "ReleasedPolicy",
+    "RoutingPlan",
+    "RoutingPolicy",
+    "ThresholdPolicy",
+    "compress_sequence",
+    "functional",
+    "merge_visual_tokens",
+    "plan_routing",
+    "reference",
+]
 __version__ = "0.1.0"

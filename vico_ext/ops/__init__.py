@@ -3,6 +3,6 @@
 Schemas are in ``csrc/registration.cpp``. Everything a user calls is in ``vico_ext.functional``.
 """
 
-from vico_ext.ops import pixel_shuffle
+from vico_ext.ops import compress_sequence, merge_tokens, pixel_shuffle, routing_plan
 
-__all__ = ["pixel_shuffle"]
+__all__ = ["compress_sequence", "merge_tokens", "pixel_shuffle", "routing_plan"]
