@@ -47,14 +47,15 @@ STABLE_TORCH_LIBRARY(vico, m) {
   m.def("skinny_linear(Tensor x, Tensor weight) -> Tensor");
 
   // routing: which tiles are compressed, and where each tile's tokens go
+  m.def("checked_probabilities(Tensor p) -> Tensor");
   m.def("quantile_route(Tensor p, Tensor? cu_tiles, float relative, float absolute) -> Tensor compress");
   m.def("plan_tokens(Tensor compress, int full_tokens, int compressed_tokens) -> (Tensor cu_tokens, Tensor order)");
 
   // rows of `embeds` and `tokens` laid out by `source`: -1 zero row, [0, R) a row of embeds, [R, R + T) a row of tokens
   m.def("merge_tokens(Tensor embeds, Tensor tokens, Tensor source) -> Tensor");
   m.def(
-      "merge_tokens_backward(Tensor grad_out, Tensor source, SymInt embed_rows, SymInt token_rows) -> "
-      "(Tensor grad_embeds, Tensor grad_tokens)");
+      "merge_tokens_backward(Tensor grad_out, Tensor source, SymInt embed_rows, SymInt token_rows, "
+      "bool need_embeds, bool need_tokens) -> (Tensor grad_embeds, Tensor grad_tokens)");
   m.def("scatter_tokens_(Tensor(a!) embeds, Tensor index, Tensor tokens) -> ()");
 
   // sequence compression: which positions stay, and where each position of the shorter sequence comes from
@@ -64,5 +65,5 @@ STABLE_TORCH_LIBRARY(vico, m) {
   m.def(
       "compress_sequence(Tensor input_ids, Tensor keep, int placeholder, SymInt length, bool pad_left) -> "
       "(Tensor position, Tensor source)");
-  m.def("renumber_positions(Tensor position_ids, Tensor keep, Tensor position) -> Tensor");
+  m.def("renumber_positions(Tensor position_ids, Tensor position) -> Tensor");
 }

@@ -3,8 +3,37 @@
 # isort: off
 from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, or says why it cannot)
 from vico_ext import functional, reference
+from vico_ext.checkpoint import FlashCheckpointError, FlashWeights, load_flash, save_flash
 from vico_ext.modules import FusedConnector
+from vico_ext.routing import (
+    BudgetPolicy,
+    PerImagePolicy,
+    ReleasedPolicy,
+    RoutingPlan,
+    RoutingPolicy,
+    ThresholdPolicy,
+    plan_routing,
+)
+from vico_ext.tokens import CompressedSequence, compress_sequence, merge_visual_tokens
 # isort: on
 
-__all__ = ["FusedConnector", "functional", "reference"]
+__all__ = [
+    "BudgetPolicy",
+    "CompressedSequence",
+    "FlashCheckpointError",
+    "FlashWeights",
+    "FusedConnector",
+    "PerImagePolicy",
+    "ReleasedPolicy",
+    "RoutingPlan",
+    "RoutingPolicy",
+    "ThresholdPolicy",
+    "compress_sequence",
+    "functional",
+    "load_flash",
+    "merge_visual_tokens",
+    "plan_routing",
+    "reference",
+    "save_flash",
+]
 __version__ = "0.1.0"

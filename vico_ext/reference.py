@@ -190,7 +190,9 @@ def compress_sequence(
     flat = input_ids.flatten()
     keep = torch.ones_like(flat, dtype=torch.bool)
     positions = (flat == placeholder).nonzero()[:, 0]
-    for tile, own in enumerate(positions.split(full_tokens)):
-        if compress[tile]:
+    for own, compressed in zip(
+        positions.split(full_tokens), compress, strict=False
+    ):  # no tiles: split gives one, empty
+        if compressed:
             keep[own[compressed_tokens:]] = False
     return keep.view_as(input_ids)

@@ -1,6 +1,32 @@
 """Functions on tensors: what the modules are made of. Shapes: P tiles, N tokens per tile, V ViT width, H LLM width."""
 
 from vico_ext.functional.connector import bias_gelu, connector, pack_tokens
+from vico_ext.functional.routing import checked_probabilities, plan_tokens, released_route
 from vico_ext.functional.shuffle import normalized_shuffle, pixel_shuffle
+from vico_ext.functional.tokens import (
+    compress_positions,
+    gather_tokens,
+    keep_placeholders,
+    merge_tokens,
+    renumber_positions,
+    scatter_tokens,
+    scatter_tokens_,
+)
 
-__all__ = ["bias_gelu", "connector", "normalized_shuffle", "pack_tokens", "pixel_shuffle"]
+__all__ = [
+    "bias_gelu",
+    "checked_probabilities",
+    "compress_positions",
+    "connector",
+    "gather_tokens",
+    "keep_placeholders",
+    "merge_tokens",
+    "normalized_shuffle",
+    "pack_tokens",
+    "pixel_shuffle",
+    "plan_tokens",
+    "released_route",
+    "renumber_positions",
+    "scatter_tokens",
+    "scatter_tokens_",
+]

@@ -3,6 +3,22 @@
 Schemas are in ``csrc/registration.cpp``. Everything a user calls is in ``vico_ext.functional``.
 """
 
-from vico_ext.ops import bias_gelu, normalized_shuffle, pack_tokens, pixel_shuffle
+from vico_ext.ops import (
+    bias_gelu,
+    compress_sequence,
+    merge_tokens,
+    normalized_shuffle,
+    pack_tokens,
+    pixel_shuffle,
+    routing_plan,
+)
 
-__all__ = ["bias_gelu", "normalized_shuffle", "pack_tokens", "pixel_shuffle"]
+__all__ = [
+    "bias_gelu",
+    "compress_sequence",
+    "merge_tokens",
+    "normalized_shuffle",
+    "pack_tokens",
+    "pixel_shuffle",
+    "routing_plan",
+]

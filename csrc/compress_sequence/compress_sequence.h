@@ -1,0 +1,61 @@
+// compress_sequence: which positions of a batch of token ids stay when tiles are compressed, where each position of the
+// shorter batch comes from, and its position ids. Integers only; one thread per row of the batch.
+#pragma once
+
+#include "common/cpu_arch.h"
+#include "common/dtype.h"
+
+namespace vico {
+
+// A tile owns `full_tokens` consecutive placeholders of one row, tiles in reading order; a compressed one keeps its
+// first `compressed_tokens`. Padding is what the mask leaves out at the two ends of a row.
+struct KeepPlaceholdersParams {
+  int64_t length = 0;       // L
+  int64_t placeholder = 0;  // token id
+  int64_t full_tokens = 0;
+  int64_t compressed_tokens = 0;            // <= full_tokens
+  const int64_t* input_ids = nullptr;       // [B, L], contiguous
+  const unsigned char* mask = nullptr;      // [B, L], contiguous, 0 or 1; null: no padding
+  const unsigned char* compress = nullptr;  // [tiles], 0 or 1
+  int64_t* begin = nullptr;                 // [B], first position of the row that is no padding
+  int64_t* end = nullptr;                   // [B], one past the last such position
+  int64_t* placeholders = nullptr;          // [B], placeholders in [begin, end)
+  const int64_t* first_tile = nullptr;      // [B], tiles before the row
+  unsigned char* keep = nullptr;            // [B, L], 0 or 1
+  int64_t* counts = nullptr;                // [B], positions kept
+  int64_t* broken = nullptr;                // [B], where a tile begins that lacks placeholders; -1: nowhere
+};
+
+struct CompressSequenceParams {
+  int64_t rows = 0;        // B
+  int64_t length = 0;      // L
+  int64_t out_length = 0;  // L'
+  int64_t placeholder = 0;
+  bool pad_left = false;
+  const int64_t* input_ids = nullptr;     // [B, L], contiguous
+  const unsigned char* keep = nullptr;    // [B, L], contiguous, 0 or 1
+  int64_t* counts = nullptr;              // [B], positions kept, <= out_length
+  int64_t* visual = nullptr;              // [B], placeholders kept
+  const int64_t* first_visual = nullptr;  // [B], placeholders kept before the row
+  int64_t* position = nullptr;            // [B, L']: the flat position it comes from, -1 for padding
+  int64_t* source = nullptr;              // [B, L']: -1 padding, flat position of text, B * L + running placeholder
+};
+
+struct RenumberPositionsParams {
+  int64_t length = 0;                     // L
+  int64_t out_length = 0;                 // L'
+  int64_t row_stride = 0;                 // of position_ids; 0 where all rows share one
+  const int64_t* position_ids = nullptr;  // [B, L], elements of a row next to each other
+  const int64_t* position = nullptr;      // [B, L'], contiguous: flat positions ascending within a row, -1 for padding
+  int64_t* out = nullptr;                 // [B, L']
+  int64_t* broken = nullptr;              // [B], first output position whose `position` is not of the row; -1: none
+};
+
+// All over rows [begin, end) of B.
+VICO_CPU_KERNEL(count_placeholders, const KeepPlaceholdersParams&, int64_t begin, int64_t end)
+VICO_CPU_KERNEL(keep_placeholders, const KeepPlaceholdersParams&, int64_t begin, int64_t end)
+VICO_CPU_KERNEL(count_kept, const CompressSequenceParams&, int64_t begin, int64_t end)
+VICO_CPU_KERNEL(compress_sequence, const CompressSequenceParams&, int64_t begin, int64_t end)
+VICO_CPU_KERNEL(renumber_positions, const RenumberPositionsParams&, int64_t begin, int64_t end)
+
+}  // namespace vico

@@ -1,0 +1,133 @@
+// CPU kernels of routing_plan. Order statistics by radix selection: linear in the tiles whatever their values, no sort.
+#include "common/vec.h"
+#include "routing_plan/routing_plan.h"
+
+namespace vico::VICO_CPU_ARCH {
+namespace {
+
+VICO_INLINE double widened(double x) { return x; }
+template <class T>
+VICO_INLINE float widened(T x) {
+  return to_float(x);
+}
+
+// Unsigned integers in the order of the numbers they stand for: negative numbers have all bits flipped, others the
+// sign.
+VICO_INLINE uint32_t sort_key(float x) {
+  const uint32_t bits = detail::bit_cast<uint32_t>(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+VICO_INLINE uint64_t sort_key(double x) {
+  const uint64_t bits = detail::bit_cast<uint64_t>(x);
+  return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
+}
+VICO_INLINE float from_sort_key(uint32_t key) {
+  return detail::bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+VICO_INLINE double from_sort_key(uint64_t key) {
+  return detail::bit_cast<double>(key >> 63 ? key & ~(uint64_t{1} << 63) : ~key);
+}
+
+// sorted(p)[rank] and sorted(p)[min(rank + 1, n - 1)]: eight bits of the key are decided in each pass over p.
+template <class T>
+void select_two(const T* p, int64_t n, int64_t rank, T* value, T* next) {
+  using Key = decltype(sort_key(T{}));
+  Key prefix = 0, decided = 0;
+  int64_t count[256];
+  for (int shift = 8 * sizeof(Key) - 8; shift >= 0; shift -= 8) {
+    std::memset(count, 0, sizeof(count));
+    for (int64_t i = 0; i < n; ++i) {
+      const Key key = sort_key(p[i]);
+      if ((key & decided) == prefix) ++count[(key >> shift) & 255];
+    }
+    int digit = 0;
+    for (; rank >= count[digit]; ++digit) rank -= count[digit];
+    prefix |= static_cast<Key>(digit) << shift;
+    decided |= static_cast<Key>(255) << shift;
+    if (shift == 0) rank = count[digit] - 1 - rank;  // how many of the elements equal to the value come after it
+  }
+  *value = *next = from_sort_key(prefix);
+  if (rank > 0) return;
+  Key least = ~Key{0};
+  for (int64_t i = 0; i < n; ++i) {
+    const Key key = sort_key(p[i]);
+    if (key > prefix && key <= least) {
+      least = key;
+      *next = p[i];
+    }
+  }
+}
+
+template <class T>
+void segment_neighbors(const QuantileParams& p, int64_t segment) {
+  const int64_t first = p.first_tile(segment), n = p.last_tile(segment) - first;
+  T below = 0, above = 0, weight = 0;
+  if (n > 0) {
+    // NOTE: volatile, so that the product is rounded as torch.quantile's is, and not fused into the subtraction.
+    volatile T product = static_cast<T>(p.relative) * static_cast<T>(n - 1);
+    const T rank = product;
+    int64_t floor_rank = static_cast<int64_t>(rank);
+    if (floor_rank > n - 1) floor_rank = n - 1;
+    weight = rank - static_cast<T>(floor_rank);
+    select_two(static_cast<const T*>(p.p) + first, n, floor_rank, &below, &above);
+    if (!(weight > 0)) above = below;
+  }
+  static_cast<T*>(p.below)[segment] = below;
+  static_cast<T*>(p.above)[segment] = above;
+  static_cast<T*>(p.weight)[segment] = weight;
+}
+
+template <class T>
+void route_segment(const QuantileParams& p, int64_t segment) {
+  const T quantile = static_cast<const T*>(p.quantile)[segment], absolute = static_cast<T>(p.absolute);
+  const T* x = static_cast<const T*>(p.p);
+  for (int64_t t = p.first_tile(segment); t < p.last_tile(segment); ++t) {
+    p.compress[t] = (x[t] > quantile) & (x[t] >= absolute);
+  }
+}
+
+}  // namespace
+
+void widen_probabilities(const ProbabilityParams& p, int64_t begin, int64_t end) {
+  dispatch(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    accumulate_t<T>* out = static_cast<accumulate_t<T>*>(p.out);
+    bool all_good = true;
+    for (int64_t t = begin; t < end; ++t) {
+      const accumulate_t<T> x = widened(static_cast<const T*>(p.p)[t]);
+      out[t] = x;
+      all_good &= p.bounded ? (x >= 0) & (x <= 1) : x == x;
+    }
+    if (all_good) return;
+    int64_t t = begin;
+    while (p.bounded ? out[t] >= 0 && out[t] <= 1 : out[t] == out[t]) ++t;
+    *p.first_bad = t;
+  });
+}
+
+void quantile_neighbors(const QuantileParams& p, int64_t begin, int64_t end) {
+  for (int64_t segment = begin; segment < end; ++segment) {
+    p.dtype == Dtype::kDouble ? segment_neighbors<double>(p, segment) : segment_neighbors<float>(p, segment);
+  }
+}
+
+void route_segments(const QuantileParams& p, int64_t begin, int64_t end) {
+  for (int64_t segment = begin; segment < end; ++segment) {
+    p.dtype == Dtype::kDouble ? route_segment<double>(p, segment) : route_segment<float>(p, segment);
+  }
+}
+
+void plan_tokens(const PlanTokensParams& p) {
+  int64_t full = 0;
+  for (int64_t t = 0; t < p.tiles; ++t) full += !p.compress[t];
+  int64_t place[2] = {0, full}, tokens = 0;
+  for (int64_t t = 0; t < p.tiles; ++t) {
+    const bool compressed = p.compress[t];
+    p.cu_tokens[t] = tokens;
+    tokens += compressed ? p.compressed_tokens : p.full_tokens;
+    p.order[place[compressed]++] = t;
+  }
+  p.cu_tokens[p.tiles] = tokens;
+}
+
+}  // namespace vico::VICO_CPU_ARCH
