@@ -19,9 +19,7 @@ def _(x: Tensor, bias: Tensor | None = None, seed: Tensor | None = None, dropout
 
 
 @torch.library.register_fake("vico::bias_gelu_backward")
-def _(
-    grad_out: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
+def _(grad_out: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
