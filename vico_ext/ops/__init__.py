@@ -3,6 +3,6 @@
 Schemas are in ``csrc/registration.cpp``. Everything a user calls is in ``vico_ext.functional``.
 """
 
-from vico_ext.ops import pixel_shuffle
+from vico_ext.ops import attention_pool, pixel_shuffle, skinny_linear
 
-__all__ = ["pixel_shuffle"]
+__all__ = ["attention_pool", "pixel_shuffle", "skinny_linear"]
