@@ -3,7 +3,8 @@
 # isort: off
 from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, or says why it cannot)
 from vico_ext import functional, reference
+from vico_ext.modules import VisualResolutionRouter
 # isort: on
 
-__all__ = ["functional", "reference"]
+__all__ = ["VisualResolutionRouter", "functional", "reference"]
 __version__ = "0.1.0"
