@@ -43,8 +43,9 @@ STABLE_TORCH_LIBRARY(vico, m) {
       "attention_pool_backward(Tensor grad_context, Tensor tokens, Tensor query, Tensor context, Tensor lse, int skip, "
       "bool need_grad_tokens) -> (Tensor grad_tokens, Tensor grad_query)");
 
-  // x weight^T for few rows of x: bound by reading the weight once
-  m.def("skinny_linear(Tensor x, Tensor weight) -> Tensor");
+  // x weight^T + bias for few rows of x, bound by reading the weight once: x [rows, K], weight [N, K] -> [rows, N], or
+  // one linear map per group: x [rows, groups, K], weight [groups, N, K] -> [rows, groups, N]
+  m.def("skinny_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 
   // routing: which tiles are compressed, and where each tile's tokens go
   m.def("checked_probabilities(Tensor p) -> Tensor");

@@ -61,7 +61,6 @@ def test_backward_is_the_adjoint(problem):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeated_rows_sum_in_a_fixed_order(dtype):
-    embeds, tokens = torch.randn(3, 5000, dtype=dtype), torch.randn(2, 5000, dtype=dtype)
     source = torch.randint(-1, 5, (400,))
     grad_out = torch.randn(400, 5000).to(dtype)
     runs = [ops.merge_tokens_backward(grad_out, source, 3, 2, True, True) for _ in range(2)]
@@ -69,7 +68,6 @@ def test_repeated_rows_sum_in_a_fixed_order(dtype):
     exact = torch.zeros(6, 5000, dtype=torch.float64).index_add(0, source % 6, grad_out.double())
     got = torch.cat(runs[0]).double()
     assert (got - exact[:5]).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
-    del embeds, tokens
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
+from strategies import DTYPES, shuffle_problems
 
 from vico_ext import functional as VF
 from vico_ext import reference
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 op = torch.ops.vico.pixel_shuffle
 
 
@@ -19,41 +17,6 @@ def test_golden(golden):
     tokens = golden["vit_tokens"][:1]
     assert torch.equal(VF.pixel_shuffle(tokens, 2)[0], golden["shuffle_2x2_tile0"])
     assert torch.equal(VF.pixel_shuffle(tokens, 4)[0], golden["shuffle_4x4_tile0"])
-
-
-@st.composite
-def problems(draw):
-    rate = draw(st.sampled_from([1, 2, 3, 4]))
-    grid = (rate * draw(st.integers(1, 4)), rate * draw(st.integers(1, 4)))
-    tiles, channels = draw(st.integers(0, 4)), draw(st.integers(1, 19))
-    has_cls = draw(st.booleans())
-    tokens = torch.randn(tiles, has_cls + grid[0] * grid[1], channels, dtype=torch.float32)
-    index = draw(st.none() | st.lists(st.integers(0, max(tiles - 1, 0)), max_size=6 if tiles else 0))
-    tokens = draw(st.sampled_from([lambda t: t, _strided, _transposed_storage, _offset]))(tokens)
-    return {
-        "tokens": tokens.to(draw(st.sampled_from(DTYPES))),
-        "rate": rate,
-        "grid": grid,
-        "tile_index": None if index is None else torch.tensor(index, dtype=torch.long),
-        "has_cls": has_cls,
-        "ps_version": draw(st.sampled_from(["v1", "v2"])),
-    }
-
-
-def _strided(tokens: Tensor) -> Tensor:
-    """A view into a wider buffer: every stride is larger than dense."""
-    tiles, count, channels = tokens.shape
-    wide = torch.full((tiles, count + 2, channels + 3), torch.nan)
-    wide[:, 1:-1, 2:-1] = tokens
-    return wide[:, 1:-1, 2:-1]
-
-
-def _transposed_storage(tokens: Tensor) -> Tensor:
-    return tokens.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _offset(tokens: Tensor) -> Tensor:
-    return torch.cat([tokens.new_full((1,), torch.nan), tokens.flatten()])[1:].view_as(tokens)
 
 
 def _expected(problem):
@@ -67,7 +30,7 @@ def _expected(problem):
     )
 
 
-@given(problems())
+@given(shuffle_problems())
 @settings(deadline=None, max_examples=150)
 def test_matches_reference(problem):
     rest = {k: v for k, v in problem.items() if k not in ("tokens", "rate")}
@@ -76,7 +39,7 @@ def test_matches_reference(problem):
     assert got.is_contiguous()
 
 
-@given(problems())
+@given(shuffle_problems())
 @settings(deadline=None, max_examples=60)
 def test_backward_is_the_adjoint(problem):
     tokens = problem["tokens"].double().requires_grad_()

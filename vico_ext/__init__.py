@@ -4,7 +4,7 @@
 from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, or says why it cannot)
 from vico_ext import functional, reference
 from vico_ext.checkpoint import FlashCheckpointError, FlashWeights, load_flash, save_flash
-from vico_ext.modules import FusedConnector
+from vico_ext.modules import FusedConnector, VisualResolutionRouter
 from vico_ext.routing import (
     BudgetPolicy,
     PerImagePolicy,
@@ -28,6 +28,7 @@ __all__ = [
     "RoutingPlan",
     "RoutingPolicy",
     "ThresholdPolicy",
+    "VisualResolutionRouter",
     "compress_sequence",
     "functional",
     "load_flash",

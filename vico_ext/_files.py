@@ -20,10 +20,13 @@ def replacing_all(*, entry_points: Sequence[Path] = ()) -> Iterator[Callable[[Pa
     the old files, nothing, or the new files, never a mixture. An exception leaves the old files as they were.
     """
     staged: list[tuple[Path, Path]] = []
+    modes: dict[Path, int] = {}
 
     def stage(path: Path) -> Path:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.touch()
         staged.append((temporary, path))
+        modes[temporary] = temporary.stat().st_mode
         return temporary
 
     try:
@@ -31,6 +34,7 @@ def replacing_all(*, entry_points: Sequence[Path] = ()) -> Iterator[Callable[[Pa
         for temporary, _ in staged:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, modes[temporary])  # safetensors replaces the file by one that only its owner may read
         for path in entry_points:
             path.unlink(missing_ok=True)
         for temporary, path in staged:

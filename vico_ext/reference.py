@@ -190,9 +190,8 @@ def compress_sequence(
     flat = input_ids.flatten()
     keep = torch.ones_like(flat, dtype=torch.bool)
     positions = (flat == placeholder).nonzero()[:, 0]
-    for own, compressed in zip(
-        positions.split(full_tokens), compress, strict=False
-    ):  # no tiles: split gives one, empty
-        if compressed:
+    owned = positions.split(full_tokens) if len(compress) else ()
+    for tile, own in enumerate(owned):
+        if compress[tile]:
             keep[own[compressed_tokens:]] = False
     return keep.view_as(input_ids)

@@ -76,57 +76,61 @@ void forward_row(const NormalizedShuffleParams& p, int64_t m) {
 // One output token in the backward pass.
 template <class T>
 struct BackwardRow {
-  using A = accumulate_t<T>;
-  const T* tile;  // its tile in the ViT's buffer
-  int64_t block;  // offset of its first ViT token in there
+  const T* x;  // its first ViT token
   const T* grad_out;
-  A mean, rstd;
+  accumulate_t<T> mean, rstd;
   T* grad_x;  // its first ViT token in grad_tokens
+  // A ViT token's gradient is a sum over the output tokens made of it, of which this one is the first and / or last.
+  bool first, last;
 };
 
-// Adds the row's part of grad_weight and grad_bias; with kNeedGradX, also the two means that grad_x subtracts.
-template <class T, bool kNeedGradX>
-VICO_INLINE void add_parameter_grads(const ShuffleShape& s, const BackwardRow<T>& row, const accumulate_t<T>* weight,
-                                     accumulate_t<T>* grad_weight, accumulate_t<T>* grad_bias, accumulate_t<T>& mean_g,
-                                     accumulate_t<T>& mean_gh) {
-  using V = vec_t<T>;
-  V total_g{}, total_gh{};
-  for_runs(s, row.block, [&](int64_t offset, int64_t channel, int64_t length) {
+// Adds kRows rows' parts of grad_weight and grad_bias: several at a time, so that these are read and written less.
+template <class T, int kRows>
+VICO_INLINE void add_parameter_grads(const ShuffleShape& s, const BackwardRow<T>* rows, accumulate_t<T>* grad_weight,
+                                     accumulate_t<T>* grad_bias) {
+  for_runs(s, 0, [&](int64_t offset, int64_t channel, int64_t length) {
     for (int64_t i = 0; i < length; i += kWidth<T>) {
       const int64_t c = channel + i, n = length - i;
-      const V dy = load_n(row.grad_out + c, n);  // zero in lanes past the end, which so add nothing
-      const V dyh = dy * ((load_n(row.tile + offset + i, n) - row.mean) * row.rstd);
-      store_n(grad_weight + c, load_n(grad_weight + c, n) + dyh, n);
-      store_n(grad_bias + c, load_n(grad_bias + c, n) + dy, n);
-      if constexpr (kNeedGradX) {
-        const V w = load_n(weight + c, n);
-        total_g += dy * w;
-        total_gh += dyh * w;
+      auto total_dyh = load_n(grad_weight + c, n), total_dy = load_n(grad_bias + c, n);
+      for (int r = 0; r < kRows; ++r) {
+        const auto dy = load_n(rows[r].grad_out + c, n);
+        total_dyh += dy * ((load_n(rows[r].x + offset + i, n) - rows[r].mean) * rows[r].rstd);
+        total_dy += dy;
       }
+      store_n(grad_weight + c, total_dyh, n);
+      store_n(grad_bias + c, total_dy, n);
     }
   });
-  mean_g = sum(total_g) / static_cast<accumulate_t<T>>(s.out_channels());
-  mean_gh = sum(total_gh) / static_cast<accumulate_t<T>>(s.out_channels());
 }
 
-// grad_x of one row, added to `repeated` if it is not the first of its ViT tokens, and stored to grad_tokens if it is
-// the last: the sum over tiles that were gathered more than once stays in the sum type until then.
+// grad_x of one row, stored to grad_tokens if the row is the last of its ViT tokens; until then the sum over tiles that
+// were gathered more than once stays in `repeated`, in the sum type.
 template <class T>
 VICO_INLINE void add_grad_x(const ShuffleShape& s, const BackwardRow<T>& row, const accumulate_t<T>* weight,
-                            accumulate_t<T> mean_g, accumulate_t<T> mean_gh, bool first, bool last,
                             accumulate_t<T>* repeated) {
   using V = vec_t<T>;
+  V total_g{}, total_gh{};
+  for_runs(s, 0, [&](int64_t offset, int64_t channel, int64_t length) {
+    for (int64_t i = 0; i < length; i += kWidth<T>) {
+      const int64_t c = channel + i, n = length - i;
+      const V g = load_n(row.grad_out + c, n) * load_n(weight + c, n);  // zero in lanes past the end
+      total_g += g;
+      total_gh += g * ((load_n(row.x + offset + i, n) - row.mean) * row.rstd);
+    }
+  });
+  const auto channels = static_cast<accumulate_t<T>>(s.out_channels());
+  const auto mean_g = sum(total_g) / channels, mean_gh = sum(total_gh) / channels;
   for (int64_t k = 0, channel = 0; k < s.rate * s.rate; ++k, channel += s.channels) {
     const int64_t i = k / s.rate, j = k % s.rate;
-    const T* x = row.tile + row.block + s.row_offset(i) + j * s.token_stride;
+    const T* x = row.x + s.row_offset(i) + j * s.token_stride;
     T* grad_x = row.grad_x + (i * s.grid_w + j) * s.channels;
     for (int64_t c = 0; c < s.channels; c += kWidth<T>) {
       const int64_t n = s.channels - c;
       const V h = (load_n(x + c, n) - row.mean) * row.rstd;
       const V g = load_n(row.grad_out + channel + c, n) * load_n(weight + channel + c, n);
       V dx = row.rstd * (g - mean_g - h * mean_gh);
-      if (!first) dx += load_n(repeated + channel + c, n);
-      if (last) {
+      if (!row.first) dx += load_n(repeated + channel + c, n);
+      if (row.last) {
         store_n(grad_x + c, dx, n);
       } else {
         store_n(repeated + channel + c, dx, n);
@@ -135,38 +139,49 @@ VICO_INLINE void add_grad_x(const ShuffleShape& s, const BackwardRow<T>& row, co
   }
 }
 
-template <class T, bool kNeedGradX>
+template <class T>
 void backward_chunk(const NormalizedShuffleBackwardParams& p, int64_t chunk, accumulate_t<T>* repeated) {
   using A = accumulate_t<T>;
+  constexpr int kRows = 2;
   const ShuffleShape& s = p.shape;
   const int64_t channels = s.out_channels(), blocks = p.used * s.out_tokens();
-  const A* weight = static_cast<const A*>(p.weight);
   A* grad_weight = static_cast<A*>(p.partials) + chunk * 2 * channels;
   A* grad_bias = grad_weight + channels;
   std::memset(grad_weight, 0, 2 * channels * sizeof(A));
   ShuffleShape dense = s;  // of grad_tokens
   dense.token_stride = s.channels;
   dense.tile_stride = (s.skip + s.grid_h * s.grid_w) * s.channels;
+
+  BackwardRow<T> rows[kRows];
+  int waiting = 0;
+  const auto finish_waiting = [&] {
+    if (waiting == kRows) add_parameter_grads<T, kRows>(s, rows, grad_weight, grad_bias);
+    if (waiting == 1) add_parameter_grads<T, 1>(s, rows, grad_weight, grad_bias);
+    for (int r = 0; r < waiting && p.grad_tokens; ++r) {
+      add_grad_x(s, rows[r], static_cast<const A*>(p.weight), repeated);
+    }
+    waiting = 0;
+  };
   const int64_t end = (chunk + 1) * kChunkRows < blocks ? (chunk + 1) * kChunkRows : blocks;
   for (int64_t b = chunk * kChunkRows; b < end; ++b) {
     const int64_t source = p.used_tiles[b / s.out_tokens()], token = b % s.out_tokens();
     const int64_t first = p.tile_offsets[source], last = p.tile_offsets[source + 1] - 1;
     for (int64_t k = first; k <= last; ++k) {
       const int64_t m = p.selected_tiles[k] * s.out_tokens() + token;
-      BackwardRow<T> row{static_cast<const T*>(p.tokens) + source * s.tile_stride,
-                         s.block_offset(token),
-                         static_cast<const T*>(p.grad_out) + m * channels,
-                         static_cast<const A*>(p.mean)[m],
-                         static_cast<const A*>(p.rstd)[m],
-                         nullptr};
-      A mean_g, mean_gh;
-      add_parameter_grads<T, kNeedGradX>(s, row, weight, grad_weight, grad_bias, mean_g, mean_gh);
-      if constexpr (kNeedGradX) {
-        row.grad_x = static_cast<T*>(p.grad_tokens) + source * dense.tile_stride + dense.block_offset(token);
-        add_grad_x(s, row, weight, mean_g, mean_gh, k == first, k == last, repeated);
-      }
+      BackwardRow<T>& row = rows[waiting++];
+      row.x = static_cast<const T*>(p.tokens) + source * s.tile_stride + s.block_offset(token);
+      row.grad_out = static_cast<const T*>(p.grad_out) + m * channels;
+      row.mean = static_cast<const A*>(p.mean)[m];
+      row.rstd = static_cast<const A*>(p.rstd)[m];
+      row.grad_x = p.grad_tokens
+                       ? static_cast<T*>(p.grad_tokens) + source * dense.tile_stride + dense.block_offset(token)
+                       : nullptr;
+      row.first = k == first;
+      row.last = k == last;
+      if (waiting == kRows) finish_waiting();
     }
   }
+  finish_waiting();
 }
 
 }  // namespace
@@ -181,13 +196,7 @@ void normalized_shuffle_backward(const NormalizedShuffleBackwardParams& p, int64
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     std::vector<accumulate_t<T>> repeated(p.grad_tokens ? p.shape.out_channels() : 0);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      if (p.grad_tokens) {
-        backward_chunk<T, true>(p, chunk, repeated.data());
-      } else {
-        backward_chunk<T, false>(p, chunk, repeated.data());
-      }
-    }
+    for (int64_t chunk = begin; chunk < end; ++chunk) backward_chunk<T>(p, chunk, repeated.data());
   });
 }
 

@@ -111,7 +111,7 @@ def _compare(model: VisualSide, tiled: Any, policy: Any) -> _Comparison:
     import torch
 
     import vico_ext
-    from vico_ext.cli.visual_side import Routed
+    from vico_ext.cli.visual_side import Routed, tokens_per_tile
 
     def timed(work: Callable[[], Any]) -> tuple[float, Any]:
         start = time.perf_counter()
@@ -120,7 +120,7 @@ def _compare(model: VisualSide, tiled: Any, policy: Any) -> _Comparison:
 
     def ours() -> Routed:
         p = model.router(vit_tokens)
-        plan = vico_ext.plan_routing(p, policy, tiles_per_image=[tiled.tiles])
+        plan = vico_ext.plan_routing(p, policy, tiles_per_image=[tiled.tiles], tokens=tokens_per_tile(vit_tokens))
         return Routed(p, plan, model.connector(vit_tokens, plan))
 
     vit_ms, vit_tokens = timed(lambda: model.vit_tokens(tiled.pixel_values, 8))
@@ -154,7 +154,7 @@ def _introduce(model: VisualSide, files: list[Path]) -> None:
     facts = model.describe()
     print(
         f"{len(files)} images through an InternVL of transformers' own classes: ViT {facts['vit_layers']} layers, "
-        f"V = {facts['vit_hidden']}, H = {facts['llm_hidden']},\n{facts['tile_size']} px tiles of 1024 patch tokens, "
+        f"V = {facts['vit_hidden']}, H = {facts['llm_hidden']},\n{facts['tile_size']} px tiles, "
         f"{facts['dtype']}.\n"
         "The weights are random: nobody has trained them, so p and the choice of tiles mean nothing here. The images,\n"
         "the tiling, the checkpoint format, the token counts, the times and the agreement are real.\n"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vico_ext.tiling import TiledImage
 
-__all__ = ["Routed", "VisualSide", "stage"]
+__all__ = ["Routed", "VisualSide", "stage", "tokens_per_tile"]
 
 Milliseconds = dict[str, float]
 
@@ -34,6 +34,12 @@ def stage(times: Milliseconds, name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     times[name] = times.get(name, 0.0) + (time.perf_counter() - start) * 1e3
+
+
+def tokens_per_tile(vit_tokens: Tensor) -> tuple[int, int]:
+    """Visual tokens of a whole and of a compressed tile, from ViT tokens [P, 1 + N, V]."""
+    patches = vit_tokens.shape[1] - 1
+    return patches // 4, patches // 16
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,7 @@ class VisualSide:
             p = self.router(vit_tokens)
         with stage(times, "plan"):
             per_image = [image.tiles for image in images]
-            plan = vico_ext.plan_routing(p, policy, tiles_per_image=per_image, tokens=self._tokens(vit_tokens))
+            plan = vico_ext.plan_routing(p, policy, tiles_per_image=per_image, tokens=tokens_per_tile(vit_tokens))
         with stage(times, "connector"):
             tokens = self.connector(vit_tokens, plan)
         return Routed(p.double(), plan, tokens, times)
-
-    @staticmethod
-    def _tokens(vit_tokens: Tensor) -> tuple[int, int]:
-        patches = vit_tokens.shape[1] - 1
-        return patches // 4, patches // 16

@@ -1,6 +1,7 @@
 """Functions on tensors: what the modules are made of. Shapes: P tiles, N tokens per tile, V ViT width, H LLM width."""
 
 from vico_ext.functional.connector import bias_gelu, connector, pack_tokens
+from vico_ext.functional.router import attention_pool, router_gate, router_pool, skinny_linear
 from vico_ext.functional.routing import checked_probabilities, plan_tokens, released_route
 from vico_ext.functional.shuffle import normalized_shuffle, pixel_shuffle
 from vico_ext.functional.tokens import (
@@ -14,6 +15,7 @@ from vico_ext.functional.tokens import (
 )
 
 __all__ = [
+    "attention_pool",
     "bias_gelu",
     "checked_probabilities",
     "compress_positions",
@@ -27,6 +29,9 @@ __all__ = [
     "plan_tokens",
     "released_route",
     "renumber_positions",
+    "router_gate",
+    "router_pool",
     "scatter_tokens",
     "scatter_tokens_",
+    "skinny_linear",
 ]

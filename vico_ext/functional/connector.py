@@ -87,7 +87,8 @@ def pack_tokens(
         if tokens.dim() != 3 or tokens.shape[0] != tiles or tokens.shape[1] != per_tile:
             raise ValueError(
                 f"{name} must have shape [{tiles}, {per_tile}, H] for this plan of {plan.tiles} tiles, "
-                f"{plan.compressed_tiles} of them compressed, got {list(tokens.shape)}: is it the plan of another batch?"
+                f"{plan.compressed_tiles} of them compressed, got {list(tokens.shape)}: is it the plan of another "
+                "batch?"
             )
     return torch.ops.vico.pack_tokens(full, compressed, full_bias, compressed_bias, plan.cu_tokens, plan.order)
 
@@ -105,8 +106,8 @@ def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
     wanted = (patches // 4, patches // 16)
     if plan.tokens[0] != wanted[0] or plan.tokens[1] != wanted[1]:
         raise ValueError(
-            f"the plan gives {plan.tokens[0]} or {plan.tokens[1]} tokens to a tile, but {patches} patch tokens per tile "
-            f"make {wanted[0]} or {wanted[1]}: is it the plan of another batch? (plan_routing's tokens={wanted})"
+            f"the plan gives {plan.tokens[0]} or {plan.tokens[1]} tokens to a tile, but {patches} patch tokens per "
+            f"tile make {wanted[0]} or {wanted[1]}: is it the plan of another batch? (plan_routing's tokens={wanted})"
         )
 
 

@@ -1,5 +1,7 @@
-"""Modules: parameters under the released checkpoints' names, and a forward made of ``vico_ext.functional``."""
-
 from vico_ext.modules.connector import FusedConnector
+from vico_ext.modules.router import VisualResolutionRouter
 
-__all__ = ["FusedConnector"]
+__all__ = [
+    "FusedConnector",
+    "VisualResolutionRouter",
+]

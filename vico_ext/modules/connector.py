@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,7 @@ class FusedConnector(nn.Module):
         super().__init__()
         self.vit_hidden, self.llm_hidden = vit_hidden, llm_hidden
         self.ps_version, self.grid, self.has_cls = ps_version, grid, has_cls
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         v, h = vit_hidden, llm_hidden
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(4 * v, eps=layer_norm_eps, **kw), nn.Linear(4 * v, h, **kw), nn.GELU(), nn.Linear(h, h, **kw)
@@ -95,14 +97,15 @@ class FusedConnector(nn.Module):
             ValueError: the plan is not of these tiles, or the tokens do not fill the grid.
         """
         if self._is_fusible():
-            dropout = self.mlp2[3]
+            norm: Any = self.mlp1[0]
+            dropout: Any = self.mlp2[3]
             return VF.connector(
                 vit_tokens,
                 self._weights(),
                 plan,
                 dropout_p=dropout.p,
                 training=dropout.training,
-                eps=self.mlp1[0].eps,
+                eps=norm.eps,
                 grid=self.grid,
                 has_cls=self.has_cls,
                 ps_version=self.ps_version,
@@ -120,6 +123,7 @@ class FusedConnector(nn.Module):
         for sequential, kinds in ((self.mlp1, kinds1), (self.mlp2, kinds2)):
             if not _is_plain(sequential, nn.Sequential) or len(sequential) != len(kinds):
                 return False
+            layer: Any
             for layer, kind in zip(sequential, kinds, strict=True):
                 if not _is_plain(layer, kind):
                     return False
@@ -127,28 +131,33 @@ class FusedConnector(nn.Module):
                     return False
                 if kind is nn.GELU and layer.approximate != "none":
                     return False
-        first, second = self.mlp2[3], self.mlp2[6]
+        norm1: Any = self.mlp1[0]
+        norm2: Any = self.mlp2[0]
+        first: Any = self.mlp2[3]
+        second: Any = self.mlp2[6]
         same_dropout = first.p == second.p and first.training == second.training
-        return same_dropout and self.mlp1[0].eps == self.mlp2[0].eps
+        return same_dropout and norm1.eps == norm2.eps
 
     def _weights(self) -> dict[str, Tensor]:
-        weights = {}
-        for name, sequential, linears in (("mlp1", self.mlp1, (0, 1, 3)), ("mlp2", self.mlp2, (0, 1, 4, 7))):
-            for i in linears:
-                weights[f"{name}.{i}.weight"] = sequential[i].weight
-                weights[f"{name}.{i}.bias"] = sequential[i].bias
+        # By attribute, not named_parameters: sharding may have replaced parameters by plain tensors, or two be one.
+        weights: dict[str, Tensor] = {}
+        for name, sequential, indices in (("mlp1", self.mlp1, (0, 1, 3)), ("mlp2", self.mlp2, (0, 1, 4, 7))):
+            for i in indices:
+                layer: Any = sequential[i]
+                weights[f"{name}.{i}.weight"], weights[f"{name}.{i}.bias"] = layer.weight, layer.bias
         return weights
 
     def _run_layers(
         self, sequential: nn.Sequential, vit_tokens: Tensor, rate: int, tile_index: Tensor | None
     ) -> Tensor:
         """One connector, its layers called as modules; shuffle and norm are fused if the norm is plain."""
-        layout = {
+        layout: dict[str, Any] = {
             "grid": self.grid,
             "tile_index": tile_index,
             "has_cls": self.has_cls,
             "ps_version": self.ps_version,
         }
+        norm: Any
         norm, *layers = sequential
         if not _is_plain(sequential, nn.Sequential):
             return sequential(VF.pixel_shuffle(vit_tokens, rate, **layout))

@@ -4,6 +4,7 @@ Schemas are in ``csrc/registration.cpp``. Everything a user calls is in ``vico_e
 """
 
 from vico_ext.ops import (
+    attention_pool,
     bias_gelu,
     compress_sequence,
     merge_tokens,
@@ -11,9 +12,11 @@ from vico_ext.ops import (
     pack_tokens,
     pixel_shuffle,
     routing_plan,
+    skinny_linear,
 )
 
 __all__ = [
+    "attention_pool",
     "bias_gelu",
     "compress_sequence",
     "merge_tokens",
@@ -21,4 +24,5 @@ __all__ = [
     "pack_tokens",
     "pixel_shuffle",
     "routing_plan",
+    "skinny_linear",
 ]

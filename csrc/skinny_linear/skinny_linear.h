@@ -1,0 +1,36 @@
+// skinny_linear: y = x weight^T + bias for few rows of x, alone or for several groups at once. Bound by reading the
+// weight once.
+//
+//   y[m, g, n] = sum_k x[m, g, k] weight[g, n, k] + bias[g, n]
+#pragma once
+
+#include "common/cpu_arch.h"
+#include "common/dtype.h"
+
+namespace vico {
+
+// All strides are in elements.
+struct SkinnyLinearParams {
+  Dtype dtype = Dtype::kFloat;
+  int64_t rows = 0;      // M
+  int64_t groups = 0;    // G, 1 for a plain linear layer
+  int64_t features = 0;  // N
+  int64_t depth = 0;     // K
+  // [rows, groups, depth], accumulate type, contiguous: every thread reads all of it, so it is converted once.
+  const void* x = nullptr;
+  const void* weight = nullptr;  // [groups, features, depth]
+  // Either depth_stride or feature_stride is 1: weight^T serves as well as weight.
+  int64_t group_stride = 0, feature_stride = 0, depth_stride = 0;
+  const void* bias = nullptr;  // [groups, features], contiguous; null for none
+  void* y = nullptr;           // [rows, groups, features], contiguous
+
+  static constexpr int64_t kMostBlock = 64;
+  // Features per item of work: where they are next to each other in memory, enough for long runs of it.
+  VICO_INLINE int64_t block() const { return depth_stride == 1 ? 32 : kMostBlock; }
+  VICO_INLINE int64_t blocks() const { return (features + block() - 1) / block(); }
+};
+
+// Items [begin, end) of all groups * blocks(): block() features of one group each, for all rows.
+VICO_CPU_KERNEL(skinny_linear, const SkinnyLinearParams&, int64_t begin, int64_t end)
+
+}  // namespace vico
