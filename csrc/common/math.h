@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "common/exp.h"
 #include "common/vec.h"
 
 namespace vico::VICO_CPU_ARCH {
@@ -15,29 +16,6 @@ VICO_INLINE V polynomial(V x, const accumulate_t<std::remove_reference_t<decltyp
   V y = broadcast<V>(c[N - 1]);
   for (int i = N - 2; i >= 0; --i) y = y * x + c[i];
   return y;
-}
-
-// e^x to about one unit in the last place, over the whole range: subnormal results, 0, infinity and NaN included.
-VICO_INLINE VecF exp(VecF x) {
-  // Arguments second: a NaN in x fails the comparison and stays.
-  x = max(broadcast<VecF>(-104.0f), min(broadcast<VecF>(89.0f), x));
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
-  const VecF n = (x * 1.44269504f + kRound) - kRound;
-  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, so that n * ln 2 is exact
-  constexpr float kTail[] = {5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f,
-                             8.3334519073e-3f, 1.3981999507e-3f, 1.9875691500e-4f};
-  const VecF y = (r * r) * polynomial(r, kTail) + r + 1.0f;
-  // 2^n as two factors: each is a normal number where 2^n itself may not be.
-  const VecI32 exponent = __builtin_convertvector(n, VecI32);
-  const VecI32 half = exponent >> 1;
-  const VecF first = (VecF)(((VecU32)half + 127u) << 23);
-  const VecF second = (VecF)(((VecU32)exponent - (VecU32)half + 127u) << 23);
-  return y * first * second;
-}
-
-VICO_INLINE VecD exp(VecD x) {
-  for (int i = 0; i < kLanes<VecD>; ++i) x[i] = std::exp(x[i]);
-  return x;
 }
 
 // The normal distribution at x: `cdf` Phi(x) = P(N(0, 1) <= x), `gauss` exp(-x^2 / 2).
