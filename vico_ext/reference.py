@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "attention_pool",
     "compress_sequence",
     "connector",
     "connector_64",
@@ -103,6 +104,16 @@ def connector(tokens: Tensor, weights: Weights, compress: Tensor, **shuffle: obj
     small = connector_64(tokens, weights, **shuffle)
     chosen = [small[t] if compress[t] else full[t] for t in range(len(tokens))]
     return torch.cat(chosen) if chosen else full.new_empty(0, full.shape[-1])
+
+
+def attention_pool(tokens: Tensor, query: Tensor, *, skip: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean of a tile's tokens x under each head's softmax: [P, skip + N, V], [P, h, V] -> [P, h, V], lse [P, h].
+
+    s[p, h, t] = query[p, h] . x[p, t]; context[p, h] = sum_t softmax_t(s) x[p, t]; lse = logsumexp_t(s).
+    """
+    x = tokens[:, skip:]
+    scores = query @ x.transpose(1, 2)
+    return scores.softmax(-1) @ x, scores.logsumexp(-1)
 
 
 def router_pool(tokens: Tensor, weights: Weights, *, num_heads: int = 16, skip: int = 1, eps: float = 1e-5) -> Tensor:

@@ -96,7 +96,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or rows > _MOST_ROWS.get(x.dtype, 0):
         return F.linear(x, weight, bias)
-    return torch.ops.vico.skinny_linear(x.reshape(rows, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    return torch.ops.vico.skinny_linear(x.reshape(rows, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

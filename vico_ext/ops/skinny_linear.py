@@ -14,8 +14,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(*inputs[:2])
 
 
 def _grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
@@ -29,11 +28,11 @@ def _grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad
+    need_x, need_weight, *need_bias = ctx.needs_input_grad  # of the arguments that were given
     return (
         torch.ops.vico.skinny_linear(grad_y, weight.transpose(-1, -2)) if need_x else None,
         _grad_weight(grad_y, x) if need_weight else None,
-        grad_y.sum(0) if need_bias else None,
+        grad_y.sum(0) if any(need_bias) else None,
     )
 
 
