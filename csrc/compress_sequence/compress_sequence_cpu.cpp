@@ -28,9 +28,7 @@ void keep_placeholders(const KeepPlaceholdersParams& p, int64_t begin, int64_t e
     const int64_t* ids = p.input_ids + b * p.length;
     unsigned char* keep = p.keep + b * p.length;
     const int64_t first = p.begin[b], last = p.end[b];
-    std::memset(keep, 0, first);
-    std::memset(keep + first, 1, last - first);
-    std::memset(keep + last, 0, p.length - last);
+    for (int64_t i = 0; i < p.length; ++i) keep[i] = (i >= first) & (i < last);
     int64_t tile = p.first_tile[b], kept = last - first;
     p.broken[b] = -1;
     for (int64_t i = first; i < last;) {

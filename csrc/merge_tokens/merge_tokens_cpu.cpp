@@ -1,11 +1,23 @@
-// CPU kernels of merge_tokens. NOTE: rows are copied one by one: memcpy over many of them at once is a third slower
-// while the data is in cache.
-#include <cstring>
-
-#include "common/vec.h"
+// CPU kernels of merge_tokens.
 #include "merge_tokens/merge_tokens.h"
 
 namespace vico::VICO_CPU_ARCH {
+namespace {
+
+// NOTE: not memcpy, which moves rows of a few kilobytes with one string instruction: a quarter slower than this where
+// the output is freshly allocated memory, and a third where the data is in cache.
+void copy_row(char* out, const char* in, int64_t bytes) {
+  constexpr int64_t kStep = 4 * kVecBytes;
+  int64_t i = 0;
+  for (; i + kStep <= bytes; i += kStep) {
+    VecI32 v[4];
+    for (int k = 0; k < 4; ++k) std::memcpy(&v[k], in + i + k * kVecBytes, kVecBytes);
+    for (int k = 0; k < 4; ++k) std::memcpy(out + i + k * kVecBytes, &v[k], kVecBytes);
+  }
+  if (i < bytes) std::memcpy(out + i, in + i, bytes - i);
+}
+
+}  // namespace
 
 void merge_tokens(const MergeTokensParams& p, int64_t begin, int64_t end) {
   const int64_t row_bytes = p.hidden * p.element_size;
@@ -16,9 +28,9 @@ void merge_tokens(const MergeTokensParams& p, int64_t begin, int64_t end) {
     if (s < 0) {
       std::memset(out, 0, row_bytes);
     } else if (s < p.embed_rows) {
-      std::memcpy(out, p.embeds + s * embed_stride, row_bytes);
+      copy_row(out, p.embeds + s * embed_stride, row_bytes);
     } else {
-      std::memcpy(out, p.tokens + (s - p.embed_rows) * token_stride, row_bytes);
+      copy_row(out, p.tokens + (s - p.embed_rows) * token_stride, row_bytes);
     }
   }
 }
@@ -35,7 +47,7 @@ void backward_row(const MergeTokensBackwardParams& p, int64_t r) {
   if (first < 0) {
     std::memset(grad, 0, p.hidden * sizeof(T));
   } else if (p.next_use[first] < 0) {
-    std::memcpy(grad, use(first), p.hidden * sizeof(T));
+    copy_row(reinterpret_cast<char*>(grad), reinterpret_cast<const char*>(use(first)), p.hidden * sizeof(T));
   } else {
     for (int64_t c = 0; c < p.hidden; c += kWidth<T>) {
       auto total = load_n(use(first) + c, p.hidden - c);
@@ -55,7 +67,7 @@ void merge_tokens_backward(const MergeTokensBackwardParams& p, int64_t begin, in
 
 void scatter_tokens(const ScatterTokensParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    std::memcpy(p.embeds + p.index[i] * p.embed_stride, p.tokens + i * p.token_stride, p.row_bytes);
+    copy_row(p.embeds + p.index[i] * p.embed_stride, p.tokens + i * p.token_stride, p.row_bytes);
   }
 }
 
