@@ -433,6 +433,8 @@ def test_modules_from_and_to_disk(golden, tmp_path, format):
     with torch.no_grad():
         p = weights.router_module()(tokens)
         full = weights.connector_module()(tokens)
-        assert weights.router_module(torch.bfloat16)(tokens.bfloat16()).dtype == torch.bfloat16
+    for module in (weights.router_module(torch.bfloat16), weights.connector_module(torch.bfloat16)):
+        assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.bfloat16}
+        assert not module.training
     torch.testing.assert_close(p, golden["gate"][:, 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(full, golden["connector_256"].view_as(full), rtol=0, atol=1e-10)

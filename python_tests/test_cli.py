@@ -17,7 +17,6 @@ from PIL import Image
 
 from vico_ext import cli
 from vico_ext.cli.policies import parse_policy
-from vico_ext.visualize import route_picture
 
 transformers = pytest.importorskip("transformers")
 
@@ -304,35 +303,6 @@ def test_policy_words_that_mean_nothing(text, capsys):
     assert status == 2
     assert "argument --policy: " in err
     assert err.count("\n") == 1
-
-
-def test_pictures_are_tinted_by_rate_and_probability():
-    white = Image.new("RGB", (400, 100), "white")
-    picture = route_picture(white, (1, 4), [0.9, 0.6, 0.4, 0.1], [True, True, False, False], thumbnail=False)
-    pixels = np.asarray(picture).astype(int)
-    cell = 1150 // 4
-    y = 64 + cell - 12  # below the labels, between the lattice lines
-    sure, unsure, barely, firmly = (pixels[y, 28 + i * cell + cell - 14] for i in range(4))
-    assert sure[0] > sure[2]  # orange
-    assert firmly[2] > firmly[0]  # blue
-    assert sure.sum() < unsure.sum()
-    assert firmly.sum() < barely.sum()
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (30, 20)])
-@pytest.mark.parametrize("thumbnail", [False, True])
-def test_pictures_of_any_size_stay_within_reason(size, thumbnail):
-    tiles = 12 + thumbnail
-    grid = (12, 1) if size[0] < size[1] else (1, 12)
-    image = Image.new("RGB", size)
-    options = {"thumbnail": thumbnail, "title": "x" * 300, "policy": "p" * 200, "note": "many words " * 9}
-    picture = route_picture(image, grid, [0.5] * tiles, [True] * tiles, **options)
-    assert max(picture.size) < 2000
-
-
-def test_pictures_need_an_entry_per_tile():
-    with pytest.raises(ValueError, match=r"must have 3 entries for grid \(1, 2\), got 2 and 3"):
-        route_picture(Image.new("RGB", (2, 1)), (1, 2), [0.5] * 2, [True] * 3, thumbnail=True)
 
 
 def test_demo(monkeypatch, pictures, tmp_path, capsys):

@@ -106,8 +106,10 @@ def _tile(cell: Image.Image, p: float, compressed: bool, tokens: tuple[int, int]
     side = round(count**0.5)
     for i in range(1, side):
         x, y = round(i * width / side), round(i * height / side)
-        draw.line([(x, 0), (x, height)], fill=(255, 255, 255, 70))
-        draw.line([(0, y), (width, y)], fill=(255, 255, 255, 70))
+        # White beside the tile's colour: one of them shows, whatever is below.
+        for offset, shade in ((0, (255, 255, 255, 70)), (1, (*color, 70))):
+            draw.line([(x + offset, 0), (x + offset, height)], fill=shade)
+            draw.line([(0, y + offset), (width, y + offset)], fill=shade)
     edge = 3
     draw.rectangle([0, 0, width - 1, height - 1], outline=(255, 255, 255, 255), width=1)
     draw.rectangle([1, 1, width - 2, height - 2], outline=(*color, 255), width=edge)

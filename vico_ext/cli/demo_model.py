@@ -54,7 +54,7 @@ def write_checkpoint(
         connector = {key.released: _drawn(key, vit_hidden, llm_hidden) for key in CONNECTOR}
         router = {key.released: _drawn(key, vit_hidden, llm_hidden) for key in ROUTER}
     # A random gate says nearly the same of every tile; a larger one spreads p enough to see.
-    router["gating.gate.1.weight"] *= 12
+    router["gating.gate.1.weight"] *= 3
     config: dict[str, Any] = json.loads(InternVLConfig(vision_config=vision, text_config=text).to_json_string())
     config |= {"flash_relative_threshold": 0.5, "flash_absolute_threshold": 0.0, "vico_ext_untrained": True}
     extra = {f"{HF_PREFIX}vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
