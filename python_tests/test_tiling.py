@@ -162,9 +162,12 @@ def test_transparency_is_laid_over_white():
 
 
 def test_unreadable_files(tmp_path):
-    (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(UnreadableImageError, match=r"cannot read .*text.png: not an image format that Pillow knows"):
-        tile_image(tmp_path / "text.png")
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    for source in (text, str(text), open(text, "rb")):  # noqa: SIM115 (closed with the test)
+        with pytest.raises(UnreadableImageError) as caught:
+            tile_image(source)
+        assert str(caught.value) == f"cannot read {text}: not an image format that Pillow knows"
     with pytest.raises(UnreadableImageError, match=r"cannot read .*missing.png: .*No such file"):
         tile_image(tmp_path / "missing.png")
     whole = _stored(photograph("chelsea"), "PNG").getvalue()

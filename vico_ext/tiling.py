@@ -107,8 +107,10 @@ def open_image(source: str | os.PathLike[str] | IO[bytes] | Image.Image) -> Imag
         ModuleNotFoundError: Pillow is not installed.
     """
     Image, ImageOps = _pillow()
-    name = getattr(source, "filename", None) or getattr(source, "name", None)
-    name = name or ("the image" if isinstance(source, Image.Image) or hasattr(source, "read") else os.fspath(source))  # type: ignore[arg-type]
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+    else:
+        name = getattr(source, "filename", None) or getattr(source, "name", None) or "the image"
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
         image = _to_rgb(ImageOps.exif_transpose(image))
