@@ -15,7 +15,8 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     assert got.shape == exact.shape, f"{tuple(got.shape)} is not {tuple(exact.shape)}"
     if not torch.isfinite(got).all():
         return float("inf")
-    exact = exact.double()
+    exact = exact.detach().double()
+    got = got.detach()
     return float((got.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 

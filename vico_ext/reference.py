@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,28 +78,28 @@ def normalized_shuffle(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def connector_256(tokens: Tensor, weights: Weights, *, tile_index: Tensor | None = None, **shuffle: object) -> Tensor:
+def connector_256(tokens: Tensor, weights: Weights, *, tile_index: Tensor | None = None, **shuffle: Any) -> Tensor:
     """``mlp1``: LayerNorm(4V) -> Linear(4V, H) -> GELU -> Linear(H, H); [P, 1 + N, V] -> [M, N / 4, H]."""
     w = weights
-    x = normalized_shuffle(tokens, w["mlp1.0.weight"], w["mlp1.0.bias"], 2, tile_index=tile_index, **shuffle)  # type: ignore[arg-type]
+    x = normalized_shuffle(tokens, w["mlp1.0.weight"], w["mlp1.0.bias"], 2, tile_index=tile_index, **shuffle)
     x = F.gelu(F.linear(x, w["mlp1.1.weight"], w["mlp1.1.bias"]))
     return F.linear(x, w["mlp1.3.weight"], w["mlp1.3.bias"])
 
 
-def connector_64(tokens: Tensor, weights: Weights, *, tile_index: Tensor | None = None, **shuffle: object) -> Tensor:
+def connector_64(tokens: Tensor, weights: Weights, *, tile_index: Tensor | None = None, **shuffle: Any) -> Tensor:
     """``mlp2`` in evaluation mode: [P, 1 + N, V] -> [M, N / 16, H].
 
     LayerNorm(16V) -> Linear(16V, 2H) -> GELU -> Linear(2H, 2H) -> GELU -> Linear(2H, H); training drops out 0.1 after
     each GELU.
     """
     w = weights
-    x = normalized_shuffle(tokens, w["mlp2.0.weight"], w["mlp2.0.bias"], 4, tile_index=tile_index, **shuffle)  # type: ignore[arg-type]
+    x = normalized_shuffle(tokens, w["mlp2.0.weight"], w["mlp2.0.bias"], 4, tile_index=tile_index, **shuffle)
     x = F.gelu(F.linear(x, w["mlp2.1.weight"], w["mlp2.1.bias"]))
     x = F.gelu(F.linear(x, w["mlp2.4.weight"], w["mlp2.4.bias"]))
     return F.linear(x, w["mlp2.7.weight"], w["mlp2.7.bias"])
 
 
-def connector(tokens: Tensor, weights: Weights, compress: Tensor, **shuffle: object) -> Tensor:
+def connector(tokens: Tensor, weights: Weights, compress: Tensor, **shuffle: Any) -> Tensor:
     """The released dual connector: both connectors on every tile, the chosen one kept; packed [T, H] in tile order."""
     full = connector_256(tokens, weights, **shuffle)
     small = connector_64(tokens, weights, **shuffle)

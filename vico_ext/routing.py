@@ -41,10 +41,16 @@ def _checked_tokens(tokens: Sequence[int]) -> tuple[int, int]:
     return full, compressed
 
 
-def _check_share(value: Any, name: str) -> None:
-    """A number in [0, 1]."""
+def _check_number(value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got NaN")
+
+
+def _check_share(value: Any, name: str) -> None:
+    """A number in [0, 1]."""
+    _check_number(value, name)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
@@ -159,7 +165,7 @@ class ReleasedPolicy(RoutingPolicy):
 
     Attributes:
         relative: ``flash_relative_threshold`` of the checkpoint's configuration, in [0, 1].
-        absolute: its ``flash_absolute_threshold``, in [0, 1].
+        absolute: its ``flash_absolute_threshold``.
     """
 
     relative: float
@@ -167,7 +173,7 @@ class ReleasedPolicy(RoutingPolicy):
 
     def __post_init__(self) -> None:
         _check_share(self.relative, "relative")
-        _check_share(self.absolute, "absolute")
+        _check_number(self.absolute, "absolute")
 
     def compress(self, p: Tensor, tiles_per_image: Tensor | None, tokens: tuple[int, int]) -> Tensor:
         return functional.released_route(p, self.relative, self.absolute)
@@ -191,13 +197,13 @@ class ThresholdPolicy(RoutingPolicy):
     """Compress iff p >= threshold: each tile is decided by itself.
 
     Attributes:
-        threshold: in [0, 1].
+        threshold: above 1 nothing is compressed, at 0 and below everything.
     """
 
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_share(self.threshold, "threshold")
+        _check_number(self.threshold, "threshold")
 
     def compress(self, p: Tensor, tiles_per_image: Tensor | None, tokens: tuple[int, int]) -> Tensor:
         return p >= self.threshold

@@ -1,4 +1,7 @@
 // CPU kernels of merge_tokens.
+#include <cstring>
+
+#include "common/vec.h"
 #include "merge_tokens/merge_tokens.h"
 
 namespace vico::VICO_CPU_ARCH {
