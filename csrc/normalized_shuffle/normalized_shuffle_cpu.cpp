@@ -142,7 +142,7 @@ VICO_INLINE void add_grad_x(const ShuffleShape& s, const BackwardRow<T>& row, co
 template <class T>
 void backward_chunk(const NormalizedShuffleBackwardParams& p, int64_t chunk, accumulate_t<T>* repeated) {
   using A = accumulate_t<T>;
-  constexpr int kRows = 2;
+  constexpr int kRows = 4;
   const ShuffleShape& s = p.shape;
   const int64_t channels = s.out_channels(), blocks = p.used * s.out_tokens();
   A* grad_weight = static_cast<A*>(p.partials) + chunk * 2 * channels;
@@ -155,8 +155,11 @@ void backward_chunk(const NormalizedShuffleBackwardParams& p, int64_t chunk, acc
   BackwardRow<T> rows[kRows];
   int waiting = 0;
   const auto finish_waiting = [&] {
-    if (waiting == kRows) add_parameter_grads<T, kRows>(s, rows, grad_weight, grad_bias);
-    if (waiting == 1) add_parameter_grads<T, 1>(s, rows, grad_weight, grad_bias);
+    if (waiting == kRows) {
+      add_parameter_grads<T, kRows>(s, rows, grad_weight, grad_bias);
+    } else {
+      for (int r = 0; r < waiting; ++r) add_parameter_grads<T, 1>(s, rows + r, grad_weight, grad_bias);
+    }
     for (int r = 0; r < waiting && p.grad_tokens; ++r) {
       add_grad_x(s, rows[r], static_cast<const A*>(p.weight), repeated);
     }
