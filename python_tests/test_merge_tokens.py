@@ -101,6 +101,23 @@ def test_backward_leaves_its_inputs_alone():
     assert torch.equal(source, before[1])
 
 
+@pytest.mark.parametrize(("rows", "hidden", "dtype"), [(8200, 1037, torch.float32), (16400, 1037, torch.bfloat16)])
+def test_outputs_of_new_memory(rows, hidden, dtype):
+    """From 32 MiB on rows are copied in another way."""
+    embeds, tokens = torch.randn(70, hidden).to(dtype).requires_grad_(), torch.randn(rows, hidden).to(dtype)
+    tokens.requires_grad_()
+    source = torch.randperm(rows) + 70
+    source[::7] = -1
+    source[3] = 5
+    out = VF.merge_tokens(embeds, tokens, source)
+    assert out.numel() * out.element_size() >= 32 << 20
+    assert torch.equal(out, reference.merge_tokens(embeds, tokens, source))
+    (got,) = torch.autograd.grad(out, tokens, out.detach())
+    used = torch.zeros(rows, dtype=torch.bool)
+    used[source[source >= 70] - 70] = True
+    assert torch.equal(got, tokens * used[:, None])
+
+
 @st.composite
 def scatters(draw):
     torch.manual_seed(draw(st.integers(0, 10_000)))

@@ -40,7 +40,7 @@ def _wide(p: Tensor) -> Tensor:
 
 
 @st.composite
-def probabilities(draw, max_tiles=40):
+def probabilities(draw, max_tiles=80):
     """Probabilities with ties, neighbours one rounding apart, zeros of both signs, and the ends of the range."""
     dtype = draw(st.sampled_from(DTYPES))
     tiles = draw(st.integers(0, max_tiles))

@@ -18,6 +18,7 @@ struct MergeTokensParams {
   const char* tokens = nullptr;     // [T, H]
   const int64_t* source = nullptr;  // [N]: -1 a zero row, [0, R) a row of embeds, [R, R + T) a row of tokens
   char* out = nullptr;              // [N, H], contiguous; aliases neither input
+  bool new_pages = false;           // whether `out` is memory that has not been written before: a matter of speed
 };
 
 // The rows of grad_out that were made of row r of embeds, then tokens: first_use[r], next_use[first_use[r]], ...,
@@ -32,6 +33,7 @@ struct MergeTokensBackwardParams {
   const int64_t* next_use = nullptr;   // [N]
   void* grad_embeds = nullptr;         // [R, H], contiguous
   void* grad_tokens = nullptr;         // [T, H], contiguous
+  bool new_pages = false;              // as above, of both gradients
 };
 
 struct ScatterTokensParams {

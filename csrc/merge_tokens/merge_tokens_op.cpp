@@ -7,6 +7,12 @@
 namespace vico {
 namespace {
 
+// Allocations of this size and more come fresh from the system each time (glibc keeps smaller ones for the next call).
+bool is_new_pages(const Tensor& t) {
+  constexpr int64_t kBytes = int64_t{32} << 20;
+  return t.numel() * static_cast<int64_t>(t.element_size()) >= kBytes;
+}
+
 void check_rows(const Tensor& t, const char* name, const char* wanted, const char* op) {
   check_cpu(t, name, op);
   check_shape(t, {-1, -1}, name, wanted, op);
@@ -53,6 +59,7 @@ Tensor merge_tokens_op(const Tensor& embeds_in, const Tensor& tokens_in, const T
   p.tokens = static_cast<const char*>(tokens.const_data_ptr());
   p.source = source.const_data_ptr<int64_t>();
   p.out = static_cast<char*>(out.mutable_data_ptr());
+  p.new_pages = is_new_pages(out);
   parallel_rows(source.numel(), p.hidden,
                 [&](int64_t begin, int64_t end) { VICO_CPU_CALL(merge_tokens, p, begin, end); });
   return out;
@@ -89,6 +96,7 @@ std::tuple<Tensor, Tensor> merge_tokens_backward_op(const Tensor& grad_out_in, c
   p.next_use = next_use.data();
   p.grad_embeds = grad_embeds.mutable_data_ptr();
   p.grad_tokens = grad_tokens.mutable_data_ptr();
+  p.new_pages = is_new_pages(grad_embeds) || is_new_pages(grad_tokens);
   const int64_t first_row = need_embeds ? 0 : embed_rows, last_row = embed_rows + (need_tokens ? token_rows : 0);
   parallel_rows(last_row - first_row, p.hidden, [&](int64_t begin, int64_t end) {
     VICO_CPU_CALL(merge_tokens_backward, p, first_row + begin, first_row + end);

@@ -1,4 +1,4 @@
-// CPU kernels of routing_plan. Order statistics by radix selection: linear in the tiles whatever their values, no sort.
+// CPU kernels of routing_plan. Order statistics without a sort: linear in the tiles whatever their values.
 #include "common/vec.h"
 #include "routing_plan/routing_plan.h"
 
@@ -28,7 +28,18 @@ VICO_INLINE double from_sort_key(uint64_t key) {
   return detail::bit_cast<double>(key >> 63 ? key & ~(uint64_t{1} << 63) : ~key);
 }
 
-// sorted(p)[rank] and sorted(p)[min(rank + 1, n - 1)]: eight bits of the key are decided in each pass over p.
+// sorted(p)[rank] and sorted(p)[min(rank + 1, n - 1)] of few elements: each one's place in the order is counted.
+template <class T>
+void select_two_of_few(const T* p, int64_t n, int64_t rank, T* value, T* next) {
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t place = 0;
+    for (int64_t j = 0; j < n; ++j) place += (p[j] < p[i]) | ((p[j] == p[i]) & (j < i));
+    if (place == rank) *value = p[i];
+    if (place == (rank + 1 < n ? rank + 1 : rank)) *next = p[i];
+  }
+}
+
+// The same of many: eight bits of the key are decided in each pass over p.
 template <class T>
 void select_two(const T* p, int64_t n, int64_t rank, T* value, T* next) {
   using Key = decltype(sort_key(T{}));
@@ -69,7 +80,9 @@ void segment_neighbors(const QuantileParams& p, int64_t segment) {
     int64_t floor_rank = static_cast<int64_t>(rank);
     if (floor_rank > n - 1) floor_rank = n - 1;
     weight = rank - static_cast<T>(floor_rank);
-    select_two(static_cast<const T*>(p.p) + first, n, floor_rank, &below, &above);
+    constexpr int64_t kFew = 32;
+    const T* x = static_cast<const T*>(p.p) + first;
+    n <= kFew ? select_two_of_few(x, n, floor_rank, &below, &above) : select_two(x, n, floor_rank, &below, &above);
     if (!(weight > 0)) above = below;
   }
   static_cast<T*>(p.below)[segment] = below;

@@ -77,8 +77,8 @@ Tensor quantile_route_op(const Tensor& p_in, const std::optional<Tensor>& cu_til
   params.above = above.mutable_data_ptr();
   params.weight = weight.mutable_data_ptr();
   params.compress = static_cast<unsigned char*>(compress.mutable_data_ptr());
-  constexpr int64_t kPasses = 8;  // over a segment's tiles
-  const int64_t work = kPasses * (p.numel() / segments + 64);
+  constexpr int64_t kOperations = 32;  // at most, per tile
+  const int64_t work = kOperations * (p.numel() / segments);
   parallel_rows(segments, work,
                 [&](int64_t begin, int64_t end) { VICO_CPU_CALL(quantile_neighbors, params, begin, end); });
   const Tensor quantile = interpolate(below, above, weight);
