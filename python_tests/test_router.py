@@ -1,172 +1,286 @@
-"""VisualResolutionRouter and its functions against the released semantics."""
+"""VisualResolutionRouter and its functions: the released semantics, absorbed."""
 
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
 import torch
 from tolerance import LOW_PRECISION, assert_as_accurate
-from torch.nn import functional as F
+from torch import Tensor
 
-from vico_ext import VisualResolutionRouter, reference
+import vico_ext
 from vico_ext import functional as VF
+from vico_ext import reference
 
-V = 32
-
-
-def router(dtype: torch.dtype = torch.float32, **kw) -> VisualResolutionRouter:
-    torch.manual_seed(1)
-    module = VisualResolutionRouter(V, dtype=torch.float64, **kw)
-    for parameter in module.parameters():  # biases and gains off their initial zeros and ones
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return module.to(dtype).eval()
+UNUSED = ("attn3", "attn4", "norm3", "norm4")
 
 
-def weights_of(module: VisualResolutionRouter) -> dict[str, torch.Tensor]:
-    return dict(module.named_parameters())
+def make_router(width=32, heads=4, dtype=torch.float32, **kwargs) -> vico_ext.VisualResolutionRouter:
+    """A router in evaluation mode whose every parameter is random: defaults of zero and one hide mistakes."""
+    router = vico_ext.VisualResolutionRouter(width, heads, dtype=torch.float64, **kwargs)
+    with torch.no_grad():
+        for p in router.parameters():
+            p.copy_(torch.randn_like(p) * (p.shape[-1] ** -0.5 if p.dim() == 2 else 0.3) + (p.dim() == 1) * 0.5)
+    return router.to(dtype).eval()
 
 
-def pool(tokens: torch.Tensor, w: dict[str, torch.Tensor], heads: int = 16) -> torch.Tensor:
-    name = "pooling_before_gating"
-
-    def attention(i: int) -> tuple[torch.Tensor, ...]:
-        keys = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-        return tuple(w[f"{name}.attn{i}.{key}"] for key in keys)
-
-    def norm(i: int) -> tuple[torch.Tensor, ...]:
-        return w[f"{name}.norm{i}.weight"], w[f"{name}.norm{i}.bias"]
-
-    return VF.router_pool(tokens, w[f"{name}.query_token"], attention(1), norm(1), attention(2), norm(2), heads)
+def released(tokens: Tensor, weights: dict[str, Tensor], heads: int, skip: int = 1) -> Tensor:
+    pooled = reference.router_pool(tokens, weights, num_heads=heads, skip=skip)
+    return reference.router_gate(pooled, weights)
 
 
-def test_golden(golden):
-    module = VisualResolutionRouter(V, dtype=torch.float64).eval()
-    module.load_state_dict({k: w for k, w in golden.weights_as(torch.float64).items() if not k.startswith("mlp")})
+def pool(router: vico_ext.VisualResolutionRouter, tokens: Tensor) -> Tensor:
+    weights = {k.removeprefix("pooling_before_gating."): p for k, p in router.named_parameters()}
+
+    def attention(name):
+        return tuple(
+            weights[f"{name}.{k}"] for k in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+        )
+
+    def norm(name):
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+    return VF.router_pool(
+        tokens,
+        weights["query_token"],
+        attention("attn1"),
+        norm("norm1"),
+        attention("attn2"),
+        norm("norm2"),
+        router.num_heads,
+        has_cls=router.has_cls,
+    )
+
+
+@pytest.fixture(scope="module")
+def golden_router(golden):
+    router = vico_ext.VisualResolutionRouter(32, dtype=torch.float64).eval()
+    keys = router.state_dict().keys()
+    router.load_state_dict({k: w.double() for k, w in golden.weights.items() if k in keys}, strict=True)
+    return router
+
+
+def test_golden(golden, golden_router):
     tokens = golden["vit_tokens"].double()
-    torch.testing.assert_close(pool(tokens, weights_of(module)), golden["pooled"], rtol=0, atol=1e-10)
-    torch.testing.assert_close(module.logits(tokens).softmax(-1), golden["gate"], rtol=0, atol=1e-10)
-    torch.testing.assert_close(module(tokens), golden["gate"][:, 0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(pool(golden_router, tokens), golden["pooled"].double(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(golden_router(tokens), golden["gate"][:, 0].double(), rtol=0, atol=1e-10)
+    logits = golden_router.logits(tokens)
+    torch.testing.assert_close(logits.softmax(-1), golden["gate"].double(), rtol=0, atol=1e-10)
+
+
+def test_state_dict_has_the_released_keys(golden, golden_router):
+    mine = {k for k in golden.weights if k.startswith(("pooling_before_gating.", "gating."))}
+    state = golden_router.state_dict()
+    assert set(state) == mine
+    assert any(f".{name}." in key for key in mine for name in UNUSED)
+    for key, value in state.items():
+        assert torch.equal(value, golden.weights[key].double())
+    with pytest.raises(RuntimeError, match=r"Missing key.*gating\.gate\.1\.bias"):
+        golden_router.load_state_dict({k: v for k, v in state.items() if k != "gating.gate.1.bias"})
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-def test_as_accurate_as_the_released_semantics(dtype):
-    exact, module = router(torch.float64), router(dtype)
-    # the exact result of the same, rounded, weights and tokens
-    exact.load_state_dict(module.state_dict())
-    tokens = torch.randn(6, 257, V).to(dtype)
-    w = weights_of(module)
-    want = reference.router_pool(tokens.double(), weights_of(exact))
-    assert_as_accurate(pool(tokens, w), reference.router_pool(tokens, w), want)
-    want = reference.router_gate(want, weights_of(exact))[:, 0]
-    assert_as_accurate(module(tokens), reference.router_gate(reference.router_pool(tokens, w), w)[:, 0], want)
+@pytest.mark.parametrize(("width", "heads", "tiles", "count"), [(256, 16, 4, 300), (72, 3, 3, 300)])
+def test_accuracy(dtype, width, heads, tiles, count):
+    router, tokens = make_router(width, heads, dtype), torch.randn(tiles, 1 + count, width).to(dtype)
+    weights = router.state_dict()
+    wide = {k: w.double() for k, w in weights.items()}
+    with torch.no_grad():
+        exact, eager = (
+            reference.router_pool(t, w, num_heads=heads) for t, w in ((tokens.double(), wide), (tokens, weights))
+        )
+        assert_as_accurate(pool(router, tokens), eager, exact)
+        p = router(tokens)
+        assert p.dtype == torch.float32
+        exact, eager = (released(t, w, heads)[:, 0] for t, w in ((tokens.double(), wide), (tokens, weights)))
+        assert_as_accurate(p, eager.float(), exact)
 
 
-def test_gradients_match_the_reference():
-    module = router(torch.float64)
-    tokens = torch.randn(3, 50, V, dtype=torch.float64, requires_grad=True)
-    w = weights_of(module)
-    used = [p for p in module.parameters() if p.requires_grad]
-    target = torch.tensor([0, 1, 0])
-    ours = F.cross_entropy(module.logits(tokens), target)
-    want = F.nll_loss(reference.router_gate(reference.router_pool(tokens, w), w).log(), target)
-    for a, b in zip(
-        torch.autograd.grad(ours, [tokens, *used]), torch.autograd.grad(want, [tokens, *used]), strict=True
-    ):
+@pytest.mark.parametrize("has_cls", [True, False])
+@pytest.mark.parametrize(("tiles", "heads", "count"), [(1, 1, 1), (3, 4, 17), (0, 4, 5), (2, 16, 600)])
+def test_any_shape_and_layout(has_cls, tiles, heads, count):
+    router = make_router(48, heads, torch.float64, has_cls=has_cls)
+    tokens = torch.randn(48, tiles, has_cls + count + 2, dtype=torch.float64).permute(1, 2, 0)[:, 1:-1]
+    want = released(tokens, router.state_dict(), heads, int(has_cls))[:, 0]
+    torch.testing.assert_close(router(tokens), want, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_match_reference():
+    router, tokens = make_router(dtype=torch.float64), torch.randn(3, 40, 32, dtype=torch.float64, requires_grad=True)
+    used = {k: p for k, p in router.named_parameters() if p.requires_grad}
+    weights = {k: p.detach().clone().requires_grad_(k in used) for k, p in router.named_parameters()}
+    want_logits = reference.router_pool(tokens, weights, num_heads=4)
+    want = torch.autograd.grad(
+        reference.router_gate(want_logits, weights).log().square().sum(), [*(weights[k] for k in used), tokens]
+    )
+    got = torch.autograd.grad(router.logits(tokens).log_softmax(-1).square().sum(), [*used.values(), tokens])
+    for name, a, b in zip([*used, "tokens"], got, want, strict=True):
+        assert (a - b).norm() <= 1e-10 * (1 + b.norm()), name
+    assert {k for k, p in router.named_parameters() if not p.requires_grad} == {
+        k for k in weights if any(f".{name}." in k for name in UNUSED)
+    }
+
+
+def test_trains_without_gradients_of_the_tokens():
+    router, tokens = make_router().train(), torch.randn(3, 17, 32)
+    router.logits(tokens).sum().backward()
+    for name, p in router.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_bits_do_not_depend_on_the_other_tiles_or_the_threads(dtype):
+    router, tokens = make_router(64, 16, dtype), torch.randn(70, 50, 64).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat([router(tokens[t : t + 1]) for t in range(70)])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for tiles in (2, 7, 33, 70):
+                for _ in range(2):
+                    assert torch.equal(router(tokens[-tiles:]), alone[-tiles:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_dropout_in_training_only():
+    router, tokens = make_router(dropout=0.5), torch.randn(4, 17, 32)
+    assert torch.equal(router(tokens), router(tokens))
+    router.train()
+    first, second = router(tokens), router(tokens)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    first = router(tokens)
+    torch.manual_seed(1)
+    assert torch.equal(first, router(tokens))
+    no_dropout = make_router(dropout=0.0)
+    assert torch.equal(no_dropout.train()(tokens), no_dropout.eval()(tokens))
+
+
+def test_dropout_is_where_the_released_blocks_have_it():
+    """With a generator at the same seed, each block is torch's own nn.Sequential in training."""
+    router = make_router(dropout=0.3, dtype=torch.float64).train()
+    x = pooled = torch.randn(5, 32, dtype=torch.float64)
+    torch.manual_seed(3)
+    for i in range(1, 5):
+        x = x + getattr(router.gating, f"block{i}")(x)
+    want = router.gating.gate(x)
+    blocks = [
+        tuple(p for n in (0, 3, 5) for p in (block[n].weight, block[n].bias))
+        for block in (getattr(router.gating, f"block{i}") for i in range(1, 5))
+    ]
+    gate = tuple(router.gating.gate.parameters())
+    torch.manual_seed(3)
+    got = VF.router_gate(pooled, blocks, gate, dropout=0.3, training=True)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_compiles_whole_with_dynamic_tiles():
+    router = make_router()
+    compiled = torch.compile(router, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tiles in (2, 3, 70):
+        tokens = torch.randn(tiles, 17, 32)
+        assert torch.equal(compiled(tokens), router(tokens))
+
+
+def test_compiles_with_inductor():
+    router, tokens = make_router(), torch.randn(3, 17, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(router, fullgraph=True)(tokens), router(tokens))
+
+
+def test_compiled_training_step():
+    router = make_router(dtype=torch.float64)
+    params = [p for p in router.parameters() if p.requires_grad]
+    compiled = torch.compile(router.logits, fullgraph=True, backend="aot_eager")
+    tokens = torch.randn(3, 17, 32, dtype=torch.float64)
+    got = torch.autograd.grad(compiled(tokens).square().sum(), params)
+    for a, b in zip(got, torch.autograd.grad(router.logits(tokens).square().sum(), params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 37, 70])
-def test_a_tile_has_the_same_bits_whatever_the_others(tiles):
-    module = router()
-    tokens = torch.randn(tiles, 65, V)
-    with torch.no_grad():
-        together = module(tokens)
-        assert torch.equal(together[-1:], module(tokens[-1:]))
-        assert torch.equal(together, module(tokens))
+def test_exports_with_dynamic_tiles():
+    router = make_router()
+    tiles = torch.export.Dim("tiles", min=1, max=4096)
+    program = torch.export.export(router, (torch.randn(3, 17, 32),), dynamic_shapes=({0: tiles},))
+    for count in (1, 5, 70):
+        tokens = torch.randn(count, 17, 32)
+        assert torch.equal(program.module()(tokens), router(tokens))
 
 
-def test_threads_do_not_change_a_bit():
-    module, tokens = router(), torch.randn(3, 1025, V)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            p = module(tokens)
-            results.append([p.detach(), *torch.autograd.grad(p.sum(), [module.gating.block1[0].weight])])
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0][0], results[1][0])
-
-
-def test_no_tiles_and_one_token():
-    module = router()
-    empty = torch.randn(0, 17, V, requires_grad=True)
-    p = module(empty)
-    assert p.shape == (0,)
-    p.sum().backward()
-    assert torch.equal(module(torch.randn(2, 2, V)).isfinite(), torch.ones(2, dtype=torch.bool))
-
-
-def test_without_cls():
-    tokens = torch.randn(2, 17, V)
-    with_cls, without = router(), router(has_cls=False)
-    assert torch.equal(with_cls(tokens), without(tokens[:, 1:]))
-
-
-def test_state_dict_has_the_released_keys(golden):
-    module = router()
-    wanted = {k for k in golden.weights if not k.startswith("mlp")}
-    assert module.state_dict().keys() == wanted
-    state = module.state_dict()
-    del state["pooling_before_gating.attn3.in_proj_bias"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*attn3\.in_proj_bias"):
-        module.load_state_dict(state)
-    assert not module.pooling_before_gating.attn4.in_proj_weight.requires_grad
-
-
-def test_dropout_only_in_training():
-    module, tokens = router(), torch.randn(4, 17, V)
-    assert torch.equal(module(tokens), module(tokens))
-    module.train()
-    assert not torch.equal(module(tokens), module(tokens))
-
-
-def test_autocast_compile_export_and_copies():
-    module, tokens = router(), torch.randn(3, 17, V)
-    want = module(tokens)
+def test_autocast():
+    router, tokens = make_router(), torch.randn(3, 17, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        p = module(tokens)
+        p, logits = router(tokens), router.logits(tokens)
+        logits.sum().backward()
     assert p.dtype == torch.float32
-    assert (p - want).abs().max() < 0.02
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, dynamic=True)
-    for tiles in (3, 5):
-        more = torch.randn(tiles, 17, V)
-        torch.testing.assert_close(compiled(more), module(more))
-    torch.testing.assert_close(torch.export.export(module, (tokens,)).module()(tokens), want)
-    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(clone(tokens), want)
+    assert logits.dtype == torch.bfloat16
+    exact = released(tokens.double(), {k: w.double() for k, w in router.state_dict().items()}, 4)[:, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = released(tokens, router.state_dict(), 4)[:, 0]
+    assert_as_accurate(p.detach(), eager.float(), exact)
+    assert all(p.grad.dtype == torch.float32 for p in router.parameters() if p.requires_grad)
+
+
+def test_checkpointing():
+    router, tokens = make_router(dropout=0.2).train(), torch.randn(3, 17, 32)
+    params = [p for p in router.parameters() if p.requires_grad]
+    torch.manual_seed(5)
+    want = torch.autograd.grad(router.logits(tokens).square().sum(), params)
+    torch.manual_seed(5)
+    logits = torch.utils.checkpoint.checkpoint(router.logits, tokens, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(logits.square().sum(), params), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_copies():
+    router, tokens = make_router(), torch.randn(3, 17, 32)
+    want, file = router(tokens), io.BytesIO()
+    torch.save(router.state_dict(), file)
+    file.seek(0)
+    loaded = vico_ext.VisualResolutionRouter(32, 4).eval()
+    loaded.load_state_dict(torch.load(file))
+    for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router)), loaded):
+        assert torch.equal(twin(tokens), want)
+
+
+def test_distributed_data_parallel_waits_for_no_gradient(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        router = torch.nn.parallel.DistributedDataParallel(make_router().train())
+        for _ in range(3):  # a parameter without gradient fails the second step
+            router(torch.randn(2, 17, 32)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("tokens", "error", "message"),
+    ("args", "kwargs", "message"),
     [
-        (torch.zeros(2, 17, V + 1), ValueError, f"with {V} channels and at least one token per tile"),
-        (torch.zeros(2, 1, V), ValueError, "at least one token per tile, got"),
-        (torch.zeros(17, V), ValueError, "tokens must have shape"),
-        (torch.zeros(2, 17, V, dtype=torch.float64), TypeError, "tokens must have the dtype of the router's weights"),
+        ((100, 16), {}, "vit_hidden must be a positive multiple of num_heads, got vit_hidden=100 and num_heads=16"),
+        ((32, 0), {}, "got vit_hidden=32 and num_heads=0"),
+        ((32,), {"dropout": 1.5}, r"dropout must lie in \[0, 1\), got 1.5"),
     ],
 )
-def test_bad_tokens(tokens, error, message):
-    with pytest.raises(error, match=message):
-        router()(tokens)
+def test_bad_configuration(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        vico_ext.VisualResolutionRouter(*args, **kwargs)
 
 
-def test_bad_sizes():
-    with pytest.raises(ValueError, match="vit_hidden must be a positive multiple of num_heads"):
-        VisualResolutionRouter(30)
-    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\)"):
-        VisualResolutionRouter(32, dropout=1.0)
+def test_bad_tokens():
+    router = make_router()
+    for shape, message in (
+        ((2, 17, 31), r"\[tiles, 1 \+ tokens, channels\] with 32 channels .* got \[2, 17, 31\] with has_cls=True"),
+        ((2, 1, 32), r"at least one token per tile, got \[2, 1, 32\]"),
+        ((17, 32), r"tokens must have shape .* got \[17, 32\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            router(torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"dtype of the router's weights, torch\.float32, got torch\.bfloat16"):
+        router(torch.zeros(2, 17, 32, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="num_heads must divide the channels, got 5 heads for 32 channels"):
+        VF.router_pool(torch.zeros(2, 17, 32), torch.zeros(1, 32), (), (), (), (), 5)
