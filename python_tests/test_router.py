@@ -83,7 +83,9 @@ def test_state_dict_has_the_released_keys(golden, golden_router):
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-@pytest.mark.parametrize(("width", "heads", "tiles", "count"), [(256, 16, 4, 300), (72, 3, 3, 300)])
+@pytest.mark.parametrize(
+    ("width", "heads", "tiles", "count"), [(256, 16, 16, 300), (72, 3, 24, 100)]
+)  # tiles enough for errors to average
 def test_accuracy(dtype, width, heads, tiles, count):
     router, tokens = make_router(width, heads, dtype), torch.randn(tiles, 1 + count, width).to(dtype)
     weights = router.state_dict()
