@@ -4,7 +4,6 @@
 set -eu
 bin=$1
 build=build/sanitize
-venv_site=$("$bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -19,7 +18,7 @@ PATH="$bin:$PATH" cmake --install "$build" --prefix "$work" >/dev/null
 preload=$(c++ -print-file-name=libasan.so):$(c++ -print-file-name=libstdc++.so)
 # leaks: Python and torch keep memory to the end of the process on purpose
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
-export PYTHONPATH="$work" VICO_SANITIZED=1
+export PYTHONPATH="$work"
 LD_PRELOAD="$preload" "$bin/python" - <<'PY'
 import vico_ext, vico_ext._C as c
 assert c.cpu_arch() == "baseline", c.cpu_arch()
@@ -27,6 +26,9 @@ print("sanitized ops from", vico_ext.__path__[0].split("/")[-1], c.cpu_arch())
 PY
 cp -r python_tests "$work/python_tests"
 cp pyproject.toml "$work/"
-cd "$work"
-LD_PRELOAD="$preload" "$bin/python" -m pytest -q -x -p no:cacheprovider python_tests \
-  -k 'not compile and not export and not cli and not ddp and not golden_install and not readme and not import_error'
+cd "$work/python_tests"
+# opcheck, compile and export exercise torch rather than the kernels, and are slow under the sanitizers
+ATEN_CPU_CAPABILITY=default LD_PRELOAD="$preload" "$bin/python" -m pytest -q -x -p no:cacheprovider \
+  test_pixel_shuffle.py test_normalized_shuffle.py test_bias_gelu.py test_pack_tokens.py test_attention_pool.py \
+  test_skinny_linear.py test_routing_plan.py test_merge_tokens.py test_compress_sequence.py test_tokens.py test_connector.py test_router.py \
+  -k 'not compile and not export and not opcheck and not distributed and not copies'
