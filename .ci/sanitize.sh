@@ -9,7 +9,7 @@ trap 'rm -rf "$work"' EXIT
 
 "$bin/python" -m pip install --quiet --disable-pip-version-check cmake ninja pybind11
 PATH="$bin:$PATH" cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$bin/python" -DVICO_EXT_WERROR=ON \
-  -DVICO_EXT_BASELINE_ONLY=ON -DVICO_EXT_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+  -DVICO_EXT_BASELINE_ONLY=ON -DVICO_EXT_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=None >/dev/null
 PATH="$bin:$PATH" cmake --build "$build" >/dev/null
 cp -r vico_ext "$work/vico_ext"
 rm -f "$work"/vico_ext/*.so
