@@ -33,11 +33,11 @@ fresh wheel
 timed "$work/wheel/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work/dist" "$work"/dist/*.tar.gz
 timed "$work/wheel/bin/python" -m pip install --quiet --no-deps "$work"/dist/*.whl
 works wheel
-echo "pip install . (isolated build; under a minute and without downloading torch):"
+echo "pip install . (isolated build; about a minute on two cores, without downloading torch):"
 fresh plain
 start=$(date +%s)
 timed "$work/plain/bin/python" -m pip install --no-deps .
-[ $(( $(date +%s) - start )) -lt 60 ] || { echo "pip install . took a minute or more"; exit 1; }
+[ $(( $(date +%s) - start )) -lt 90 ] || { echo "pip install . took far more than its minute"; exit 1; }
 if grep -iqE '(download|collect)ing torch' "$work/log"; then echo "pip install . fetched torch"; exit 1; fi
 works plain
 echo "pip install -e .:"
