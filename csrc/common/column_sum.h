@@ -1,0 +1,29 @@
+// Sums over the rows of a matrix (gradients of biases and gains) in an order that no thread can change: rows are cut
+// into chunks of a fixed size, each chunk is summed into a row of partial sums, and these are added in order.
+// Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu_arch.h"
+#include "common/dtype.h"
+
+namespace vico {
+
+// Rows per chunk: enough that partial sums are small beside the data, few enough to feed many threads.
+constexpr int64_t kChunkRows = 64;
+
+inline int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
+
+struct ColumnSumParams {
+  Dtype dtype = Dtype::kFloat;     // of `out`; partial sums are float, or double where `out` is double
+  int64_t chunks = 0;              // 0 gives a sum of zero
+  int64_t chunk_stride = 0;        // in elements, between the partial sums of neighbouring chunks
+  const void* partials = nullptr;  // [chunks, columns], columns next to each other
+  void* out = nullptr;             // [columns]
+};
+
+// Columns [begin, end) of `out`: the partial sums of all chunks, added in order.
+VICO_CPU_KERNEL(combine_chunks, const ColumnSumParams&, int64_t begin, int64_t end)
+
+}  // namespace vico
