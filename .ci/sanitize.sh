@@ -15,6 +15,9 @@ cp -r vico_ext "$work/vico_ext"
 rm -f "$work"/vico_ext/*.so
 PATH="$bin:$PATH" cmake --install "$build" --prefix "$work" >/dev/null
 
+cp -r python_tests pyproject.toml "$work/"
+cd "$work"  # away from the sources, which have no compiled ops
+
 preload=$(c++ -print-file-name=libasan.so):$(c++ -print-file-name=libstdc++.so)
 # leaks: Python and torch keep memory to the end of the process on purpose
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
@@ -24,8 +27,6 @@ import vico_ext, vico_ext._C as c
 assert c.cpu_arch() == "baseline", c.cpu_arch()
 print("sanitized ops from", vico_ext.__path__[0].split("/")[-1], c.cpu_arch())
 PY
-cp -r python_tests "$work/python_tests"
-cp pyproject.toml "$work/"
 cd "$work/python_tests"
 # opcheck, compile and export exercise torch rather than the kernels, and are slow under the sanitizers
 ATEN_CPU_CAPABILITY=default LD_PRELOAD="$preload" "$bin/python" -m pytest -q -x -p no:cacheprovider \
