@@ -1,0 +1,44 @@
+// The CUDA language as kernels see it: nvcc's, or that of csrc/cuda_on_host when they are built to run on the CPU.
+//
+//   VICO_SHARED(type, name, [dims]...)   a static variable in shared memory
+//   VICO_DYNAMIC_SHARED(type, name)      a pointer to the launch's dynamic shared memory, 1024-byte aligned
+//   vico::launch(kernel, grid, block, shared_bytes, stream, args...)
+#pragma once
+
+#ifdef __CUDACC__
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define VICO_DEVICE __device__ __forceinline__
+#define VICO_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define VICO_DYNAMIC_SHARED(type, name)                                        \
+  extern __shared__ __align__(1024) unsigned char vico_dynamic_shared_bytes[]; \
+  type* name = reinterpret_cast<type*>(vico_dynamic_shared_bytes)
+
+namespace vico {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Args&... args) {
+  if (shared_bytes > 48 * 1024) {  // more than every device gives without being asked
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               "dynamic shared memory of a kernel");
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
+  check_cuda(cudaGetLastError(), "launch of a kernel");
+}
+
+}  // namespace vico
+
+#else
+#include "cuda_on_host/shim.h"
+#endif
