@@ -274,9 +274,7 @@ bool step_bulk_copy() {
 void finish_block_copies() {
   for (size_t i = 0; i < machine.bulk_copies.size(); ++i) {
     if (machine.bulk_copies[i].done) continue;
-    const bool waited_for = machine.bulk_copies[i].store;
-    if (!waited_for) fail("the block ended with a TMA load still under way");
-    fail("the block ended with a TMA store nobody waited for");
+    fail("the block ended with a TMA %s still under way", machine.bulk_copies[i].store ? "store" : "load");
   }
   for (const auto& [p, b] : machine.mbarriers) {
     if (b.transactions) fail("the block ended with %ld bytes still expected by a mbarrier", b.transactions);

@@ -132,6 +132,9 @@ void warp_op(unsigned mask, Op op, int tag, void* slot, WarpFunction fn) {
 
 // A thread that has returned is waited for no more, neither by its warp nor by barriers of the whole block.
 void finish_thread(Fiber* f) {
+  if (!f->open_stores.empty() || !f->store_groups.empty()) {
+    fail("a thread returns without having waited for its TMA stores: their shared memory may be gone too early");
+  }
   Warp& w = machine.warps[f->warp];
   w.exited |= 1u << f->lane;
   for (Rendezvous& r : w.rendezvous) {
