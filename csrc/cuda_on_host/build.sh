@@ -25,7 +25,7 @@ case $mode in
   *) echo "build.sh: no mode $mode: plain, asan or race" >&2; exit 2 ;;
 esac
 
-newest=$(find "$here" "$here/../common" "$here"/../*/ -maxdepth 2 \( -name '*.h' -o -name '*.cuh' \) -printf '%T@\n' |
+newest=$(find "$here" "$here/../common" "$here"/../*/ -maxdepth 2 \( -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -printf '%T@\n' |
   sort -n | tail -1)
 stale() {  # object source: whether the object is missing or older than its source or any header
   [ ! -e "$1" ] || [ "$2" -nt "$1" ] || [ "$(printf '%s\n%s\n' "$newest" "$(stat -c %.10Y "$1")" | sort -n | tail -1)" = "$newest" ]
