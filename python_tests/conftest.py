@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import device
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "flash_v32_h48.safetensors"
+
+
+def pytest_configure() -> None:
+    device.configure()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    device.sort_out(items)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Golden:
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     with safe_open(GOLDEN, "pt") as f:
-        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {key: f.get_tensor(key).to(device.DEVICE) for key in f.keys()}  # noqa: SIM118 (not a dict)
         meta = f.metadata()
     prefix = "weight/"
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import LOW_PRECISION, assert_as_accurate, relative_error
@@ -250,7 +251,7 @@ def test_compiles_whole_with_dynamic_tiles():
 
 def test_autocast():
     tokens, query = torch.randn(2, 9, 5), torch.randn(2, 3, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         got = VF.attention_pool(tokens, query)
         assert VF.attention_pool(tokens.double(), query.double()).dtype == torch.float64
     assert torch.equal(got, VF.attention_pool(tokens.bfloat16(), query.bfloat16()))

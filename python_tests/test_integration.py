@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from device import DEVICE, cpu_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -157,7 +158,7 @@ def test_autocast_follows_the_linear_layers():
     tokens, _, _ = prompt(3)
     plan = vico_ext.RoutingPlan.from_compress(torch.tensor([True, False, True]))
     exact = side.connector(tokens, plan)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out, p = side.connector(tokens, plan), side.router(tokens)
     assert out.dtype == torch.bfloat16
     assert p.dtype == torch.float32
@@ -222,6 +223,7 @@ def _ddp_worker(rank: int, port: int, results: Any) -> None:
     dist.destroy_process_group()
 
 
+@cpu_only("gloo on the CPU")
 def test_ddp_of_two_processes_averages_gradients():
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()

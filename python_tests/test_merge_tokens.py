@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -189,7 +190,7 @@ def test_compile_checkpoint_and_autocast():
     for run in (compiled, lambda *a: checkpoint(work, *a, use_reentrant=False)):
         got = torch.autograd.grad(run(embeds, tokens).sum(), (embeds, tokens))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert VF.merge_tokens(embeds, tokens.bfloat16(), index).dtype == torch.float32
 
 

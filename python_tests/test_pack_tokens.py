@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import cpu_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES
@@ -114,6 +115,7 @@ def test_two_runs_are_bit_equal_on_any_number_of_threads():
 BIG = 2**62
 
 
+@cpu_only("a device-side check ends the use of the device")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from device import DEVICE, cpu_only
 from tolerance import LOW_PRECISION, assert_as_accurate
 from torch import Tensor
 
@@ -216,13 +217,13 @@ def test_exports_with_dynamic_tiles():
 
 def test_autocast():
     router, tokens = make_router(), torch.randn(3, 17, 32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         p, logits = router(tokens), router.logits(tokens)
         logits.sum().backward()
     assert p.dtype == torch.float32
     assert logits.dtype == torch.bfloat16
     exact = released(tokens.double(), {k: w.double() for k, w in router.state_dict().items()}, 4)[:, 0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         eager = released(tokens, router.state_dict(), 4)[:, 0]
     assert_as_accurate(p.detach(), eager.float(), exact)
     assert all(p.grad.dtype == torch.float32 for p in router.parameters() if p.requires_grad)
@@ -250,6 +251,7 @@ def test_copies():
         assert torch.equal(twin(tokens), want)
 
 
+@cpu_only("gloo on the CPU")
 def test_distributed_data_parallel_waits_for_no_gradient(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:

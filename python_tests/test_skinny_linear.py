@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import LOW_PRECISION, assert_as_accurate, relative_error
@@ -187,7 +188,7 @@ def test_compiles_whole():
 
 def test_autocast():
     x, weight, bias = torch.randn(3, 12), torch.randn(7, 12), torch.randn(7)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         got = VF.skinny_linear(x, weight, bias)
     assert torch.equal(got, VF.skinny_linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()))
 

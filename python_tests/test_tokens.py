@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -275,7 +276,7 @@ def test_checkpointing_and_autocast():
     want = torch.autograd.grad(merged(*inputs), inputs)
     got = torch.autograd.grad(checkpoint(merged, *inputs, use_reentrant=False), inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         batch.tokens = batch.tokens.detach().bfloat16()
         assert batch.merge().inputs_embeds.dtype == torch.float32
 

@@ -1,0 +1,220 @@
+"""What only a GPU can show: streams, devices, CUDA graphs, memory, waits. The ops' own tests run there too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from device import DEVICE
+
+import vico_ext
+from vico_ext import functional as VF
+
+pytestmark = pytest.mark.cuda
+
+PLACEHOLDER, GRID, TILES = 7, 16, 4
+TOKENS = (GRID * GRID // 4, GRID * GRID // 16)  # of a whole tile, and of a compressed one
+
+
+class VisualSide:
+    """Router, plan, connector and merge at a small size; ``tokens`` and ``embeds`` are static inputs."""
+
+    def __init__(self, policy: vico_ext.RoutingPolicy, dtype: torch.dtype = torch.bfloat16) -> None:
+        torch.manual_seed(0)
+        self.policy = policy
+        self.connector = vico_ext.FusedConnector(64, 96, dtype=dtype).eval()
+        self.router = vico_ext.VisualResolutionRouter(64, dtype=dtype).eval()
+        self.tokens = torch.randn(TILES, 1 + GRID * GRID, 64, dtype=dtype)
+        ids = [torch.arange(10, 15), torch.full((TILES * TOKENS[0],), PLACEHOLDER), torch.arange(20, 25)]
+        self.input_ids = torch.cat(ids)[None]
+        self.embeds = torch.randn(1, self.input_ids.shape[1], 96, dtype=dtype)
+
+    def __call__(self) -> torch.Tensor:
+        plan = vico_ext.plan_routing(self.router(self.tokens), self.policy, tokens=TOKENS)
+        visual = self.connector(self.tokens, plan)
+        merged = vico_ext.merge_visual_tokens(self.embeds, visual, self.input_ids, plan, placeholder_id=PLACEHOLDER)
+        return merged.inputs_embeds
+
+
+def _ops():
+    """One call of each op that trains, as (function, inputs that need gradients, further arguments)."""
+    index = torch.tensor([2, 0])
+    tokens = torch.randn(3, 1 + GRID * GRID, 64).bfloat16()
+    weight, bias = torch.randn(256).bfloat16(), torch.randn(256).bfloat16()
+    plan = vico_ext.RoutingPlan.from_compress(torch.tensor([False, True]), (8, 2))
+    return {
+        "pixel_shuffle": (lambda t: VF.pixel_shuffle(t, 2, tile_index=index), [tokens]),
+        "normalized_shuffle": (lambda *a: VF.normalized_shuffle(*a, 2, tile_index=index), [tokens, weight, bias]),
+        "bias_gelu": (lambda *a: VF.bias_gelu(*a), [torch.randn(300, 256).bfloat16(), bias]),
+        "pack_tokens": (
+            lambda *a: torch.ops.vico.pack_tokens(*a, plan.cu_tokens, plan.order),
+            [torch.randn(1, 8, 256).bfloat16(), torch.randn(1, 2, 256).bfloat16(), weight, bias],
+        ),
+        "attention_pool": (lambda *a: VF.attention_pool(*a), [tokens, torch.randn(3, 4, 64).bfloat16()]),
+    }
+
+
+OPS = ("pixel_shuffle", "normalized_shuffle", "bias_gelu", "pack_tokens", "attention_pool")
+
+
+def _run(name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The op's result and all gradients."""
+    fn, _ = _ops()[name]
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = fn(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_two_runs_are_bit_equal(name):
+    _, inputs = _ops()[name]
+    for one, two in zip(_run(name, inputs), _run(name, inputs), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_runs_on_torchs_current_stream(name):
+    """Inputs arrive late on another stream: a kernel on the default stream would read what was there before."""
+    _, inputs = _ops()[name]
+    want = _run(name, inputs)
+    late = [torch.zeros_like(x) for x in inputs]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for x, value in zip(late, inputs, strict=True):
+            x.copy_(value, non_blocking=True)
+        got = _run(name, late)
+    stream.synchronize()
+    for one, two in zip(got, want, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_runs_on_the_device_of_the_tensors():
+    tokens = torch.randn(2, 17, 8)
+    with torch.cuda.device(0):
+        there = VF.pixel_shuffle(tokens.to("cuda:1"), 2)
+    assert there.device == torch.device("cuda:1")
+    assert torch.equal(there.cpu(), VF.pixel_shuffle(tokens, 2).cpu())
+    message = r"tile_index must be on the device of tokens \(cuda:0\), got cuda:1"
+    with pytest.raises(RuntimeError, match=message):
+        VF.pixel_shuffle(tokens.to("cuda:0"), 2, tile_index=torch.tensor([0], device="cuda:1"))
+
+
+def test_cpu_tensors_go_to_the_cpu_kernels():
+    tokens = torch.randn(2, 17, 8)
+    got = VF.pixel_shuffle(tokens.cpu(), 2)
+    assert got.device.type == "cpu"
+    assert torch.equal(got, VF.pixel_shuffle(tokens, 2).cpu())
+    with pytest.raises(RuntimeError, match=r"weight must be on the device of tokens \(cuda:0\), got cpu"):
+        VF.normalized_shuffle(tokens, torch.ones(32, device="cpu"), torch.ones(32), 2)
+
+
+@pytest.mark.parametrize("columns", [96, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dropout_masks_are_those_of_the_cpu(dtype, columns):
+    x, seed = torch.ones(50, columns, dtype=dtype), torch.tensor([20250813])
+    ours = torch.ops.vico.bias_gelu(x, None, seed, 0.3)
+    for seed_device in ("cpu", DEVICE):
+        assert torch.equal(torch.ops.vico.bias_gelu(x, None, seed.to(seed_device), 0.3), ours)
+    assert torch.equal(torch.ops.vico.bias_gelu(x.cpu(), None, seed.cpu(), 0.3) == 0, ours.cpu() == 0)
+
+
+def test_graph_of_the_whole_visual_side():
+    """Under a budget the count is known: one graph, replayed for other inputs, equals eager runs of those."""
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5))
+    with torch.no_grad():
+        warm = torch.cuda.Stream()
+        warm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm):
+            for _ in range(2):
+                side()
+        torch.cuda.current_stream().wait_stream(warm)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = side()
+        for _ in range(3):
+            side.tokens.normal_()
+            side.embeds.normal_()
+            graph.replay()
+            assert torch.equal(captured, side())
+
+
+def test_graph_draws_dropout_anew():
+    x = torch.ones(64, 96)
+    VF.bias_gelu(x, dropout_p=0.5, training=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = VF.bias_gelu(x, dropout_p=0.5, training=True)
+    graph.replay()
+    first = captured.clone()
+    graph.replay()
+    assert not torch.equal(captured, first)
+
+
+def test_a_budget_waits_for_nothing():
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5))
+    with torch.no_grad():
+        side()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            side()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_threshold_waits_once():
+    """For the number of tokens, which sizes the output."""
+    side = VisualSide(vico_ext.ThresholdPolicy(0.5))
+    with torch.no_grad():
+        side()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                side()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) <= 1, waits
+
+
+def test_all_memory_is_torchs():
+    """Whatever the device has less of after a hundred calls, torch's allocator has."""
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5))
+    run = [lambda name=name: _run(name, _ops()[name][1]) for name in OPS]
+    with torch.no_grad():
+        side()
+    for fn in run:
+        fn()
+    torch.cuda.synchronize()
+    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+    for _ in range(20):
+        for fn in run:
+            fn()
+        with torch.no_grad():
+            side()
+    torch.cuda.synchronize()
+    taken = free - torch.cuda.mem_get_info()[0]
+    assert taken <= max(0, torch.cuda.memory_reserved() - reserved)
+
+
+BAD_INDEX = """
+import torch
+from vico_ext import functional as VF
+VF.pixel_shuffle(torch.zeros(2, 17, 4, device="cuda"), 2, tile_index=torch.tensor([2], device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+def test_bad_index_ends_in_a_device_assert_that_says_why(tmp_path):
+    """In a process of its own, because it cannot use the device afterwards."""
+    done = subprocess.run([sys.executable, "-c", BAD_INDEX], capture_output=True, text=True, check=False, cwd=tmp_path)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    assert "tile_index must lie in [0, 2), got 2 at position 0" in output
+    assert "device-side assert" in output
