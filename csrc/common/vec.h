@@ -30,6 +30,7 @@ constexpr int kVecBytes = 16;
 
 typedef float VecF __attribute__((vector_size(kVecBytes)));
 typedef double VecD __attribute__((vector_size(kVecBytes)));
+typedef uint64_t VecU64 __attribute__((vector_size(kVecBytes)));
 typedef int32_t VecI32 __attribute__((vector_size(kVecBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVecBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVecBytes / 2)));  // 16-bit storage of one VecF
