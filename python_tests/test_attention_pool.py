@@ -73,7 +73,8 @@ def test_matches_reference(problem):
     weights = (q @ x.transpose(1, 2)).softmax(-1)
     bound = torch.finfo(context.dtype).eps * ((weights * (4 + score_terms)) @ x.abs())
     assert (context.double() - want_context).norm() <= bound.norm()
-    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=16 * torch.finfo(lse.dtype).eps)
+    most = float(score_terms.max()) if score_terms.numel() else 0.0
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=(16 + most) * torch.finfo(lse.dtype).eps)
 
 
 @given(problems(dtypes=(torch.float64,)), st.booleans())
