@@ -28,7 +28,7 @@ struct AttentionPoolShape {
 
   static constexpr int64_t kChunk = 256;        // tokens per chunk
   static constexpr int64_t kCombineRows = 128;  // channels per item of the combine kernel
-  static constexpr int64_t kHeadMultiple = 8;   // lanes of the widest vector: partial results are padded to it
+  static constexpr int64_t kHeadMultiple = 16;  // lanes of the widest vector: partial results are padded to it
   static constexpr int64_t kStatistics = 2;     // rows of a partial result besides the channels: maximum and sum
 
   VICO_INLINE int64_t chunks() const { return (count + kChunk - 1) / kChunk; }

@@ -15,18 +15,24 @@ namespace {
 
 constexpr int64_t kSegment = 1024;  // elements worked on at a time: their dropout factors stay in the L1 cache
 
+// Random words, at most as many as Philox has lanes.
+constexpr int kWordBytes = kVecBytes < 32 ? kVecBytes : 32;
+typedef uint32_t Words __attribute__((vector_size(kWordBytes)));
+typedef int32_t WordMask __attribute__((vector_size(kWordBytes)));
+typedef float WordFactors __attribute__((vector_size(kWordBytes)));
+
 // The products of 32-bit words in every lane. Through intrinsics where there are some: of a product of 64-bit lanes the
 // compiler does not see that the upper halves are zero.
 struct MultiplyLanes {
-  VICO_INLINE void operator()(VecU32 a, uint32_t m, VecU32& high, VecU32& low) const {
+  VICO_INLINE void operator()(Words a, uint32_t m, Words& high, Words& low) const {
 #ifdef __AVX2__
     const __m256i factor = _mm256_set1_epi32(static_cast<int32_t>(m));
     const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
     const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
-    high = (VecU32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    low = (VecU32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    high = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
 #else
-    for (int i = 0; i < kLanes<VecU32>; ++i) {
+    for (int i = 0; i < kLanes<Words>; ++i) {
       uint32_t lane_high, lane_low;
       MultiplyWide()(a[i], m, lane_high, lane_low);
       high[i] = lane_high;
@@ -36,11 +42,12 @@ struct MultiplyLanes {
   }
 };
 
-VICO_INLINE void store_factors(float* factors, VecI32 keep, float scale) {
-  store(factors, (VecF)(keep & (VecI32)broadcast<VecF>(scale)));
+VICO_INLINE void store_factors(float* factors, WordMask keep, float scale) {
+  const auto values = (WordFactors)(keep & (WordMask)(WordFactors{} + scale));
+  std::memcpy(factors, &values, sizeof(values));
 }
-VICO_INLINE void store_factors(double* factors, VecI32 keep, double scale) {
-  for (int i = 0; i < kLanes<VecI32>; ++i) factors[i] = keep[i] ? scale : 0;
+VICO_INLINE void store_factors(double* factors, WordMask keep, double scale) {
+  for (int i = 0; i < kLanes<WordMask>; ++i) factors[i] = keep[i] ? scale : 0;
 }
 
 // The dropout factors, 0 or scale, of up to kSegment consecutive elements.
@@ -51,15 +58,15 @@ class KeepFactors {
 
   // Draws those of elements [first, first + count) and returns them.
   VICO_INLINE const A* draw(int64_t first, int64_t count) {
-    constexpr int kW = kLanes<VecU32>;
+    constexpr int kW = kLanes<Words>;
     const A scale = static_cast<A>(mask_.scale);
     A* factor = factors_;
     for (int64_t b = first / kPhiloxBlock; b * kPhiloxBlock < first + count; ++b, factor += kPhiloxBlock) {
       for (int64_t l = 0; l < kPhiloxLanes; l += kW) {
         const uint64_t counter = static_cast<uint64_t>(b * kPhiloxLanes + l);
         // A block's counters begin at a multiple of kPhiloxLanes: the lanes never carry into the high word.
-        VecU32 words[4] = {lane_numbers() + static_cast<uint32_t>(counter),
-                           VecU32{} + static_cast<uint32_t>(counter >> 32), VecU32{}, VecU32{}};
+        Words words[4] = {lane_numbers() + static_cast<uint32_t>(counter),
+                          Words{} + static_cast<uint32_t>(counter >> 32), Words{}, Words{}};
         philox4x32_10(words, mask_.seed, MultiplyLanes());
         for (int w = 0; w < 4; ++w) store_factors(factor + w * kPhiloxLanes + l, words[w] < mask_.keep_below, scale);
       }
@@ -68,9 +75,9 @@ class KeepFactors {
   }
 
  private:
-  static VICO_INLINE VecU32 lane_numbers() {
-    VecU32 lanes{};
-    for (int i = 0; i < kLanes<VecU32>; ++i) lanes[i] = i;
+  static VICO_INLINE Words lane_numbers() {
+    Words lanes{};
+    for (int i = 0; i < kLanes<Words>; ++i) lanes[i] = i;
     return lanes;
   }
 

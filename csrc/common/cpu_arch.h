@@ -4,7 +4,7 @@
 
 namespace vico {
 
-enum class CpuArch { kBaseline, kAvx2 };
+enum class CpuArch { kBaseline, kAvx2, kAvx512 };
 
 // The best instruction set that is both compiled in and supported by this machine; constant for the process.
 CpuArch cpu_arch();
@@ -19,12 +19,17 @@ const char* to_string(CpuArch arch);
   }                                \
   namespace avx2 {                 \
   void name(__VA_ARGS__);          \
+  }                                \
+  namespace avx512 {               \
+  void name(__VA_ARGS__);          \
   }
 
 // VICO_CPU_CALL(name, args...): runs the kernel of the instruction set in use. For op doors only.
-#ifdef VICO_HAVE_AVX2
-#define VICO_CPU_CALL(name, ...) \
-  (::vico::cpu_arch() == ::vico::CpuArch::kAvx2 ? ::vico::avx2::name(__VA_ARGS__) : ::vico::baseline::name(__VA_ARGS__))
+#ifdef VICO_HAVE_AVX
+#define VICO_CPU_CALL(name, ...)                                                      \
+  (::vico::cpu_arch() == ::vico::CpuArch::kAvx512 ? ::vico::avx512::name(__VA_ARGS__) \
+   : ::vico::cpu_arch() == ::vico::CpuArch::kAvx2 ? ::vico::avx2::name(__VA_ARGS__)   \
+                                                  : ::vico::baseline::name(__VA_ARGS__))
 #else
 #define VICO_CPU_CALL(name, ...) (::vico::baseline::name(__VA_ARGS__))
 #endif

@@ -30,9 +30,23 @@ VICO_INLINE VecF exp(VecF x) {
   return x == x ? y : x;
 }
 
+// Likewise in double, exp(r) by its Taylor series: the first term left out is below 2^-57.
 VICO_INLINE VecD exp(VecD x) {
-  for (int i = 0; i < kLanes<VecD>; ++i) x[i] = std::exp(x[i]);
-  return x;
+  const VecD bounded = min(max(x, broadcast<VecD>(-746.0)), broadcast<VecD>(710.0));
+  // Adding 1.5 * 2^52 rounds to an integer, whose two's complement is then the low end of the bits.
+  const VecD magic = broadcast<VecD>(6755399441055744.0);
+  const VecD n = (bounded * 1.44269504088896340736 + magic) - magic;
+  VecD r = bounded - n * 6.93145751953125e-1;
+  r = r - n * 1.42860682030941723212e-6;
+  constexpr double kInverseFactorials[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                                           1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
+                                           1.0 / 120,        1.0 / 24,        1.0 / 6,        0.5};
+  VecD y = broadcast<VecD>(kInverseFactorials[0]);
+  for (int i = 1; i < 12; ++i) y = y * r + kInverseFactorials[i];
+  y = y * r * r + r + 1.0;
+  const VecD half = (n * 0.5 + magic) - magic;
+  y = y * (VecD)(((VecU64)(half + magic) + 1023u) << 52) * (VecD)(((VecU64)(n - half + magic) + 1023u) << 52);
+  return x == x ? y : x;
 }
 
 }  // namespace vico::VICO_CPU_ARCH

@@ -35,14 +35,14 @@ VICO_INLINE void multiply_tile(const Product<V, B>& p, int64_t row, int64_t colu
     V right[kVecs];
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) right[j] = load(b + j * kLanes<V>);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i) {
       const V left = broadcast<V>(a[i * a_row]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) sum[i][j] += left * right[j];
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
@@ -55,7 +55,8 @@ VICO_INLINE void multiply_tile(const Product<V, B>& p, int64_t row, int64_t colu
 
 template <int kVecs, class V, class B>
 VICO_INLINE void multiply_columns(const Product<V, B>& p, int64_t rows, int64_t column) {
-  constexpr int kMost = 12 / kVecs;  // 12 sums: what hides the latency of a multiply-add and still fits 16 registers
+  // As many sums as still fit the registers: more than enough to hide the latency of a multiply-add.
+  constexpr int kMost = (kVecBytes == 64 ? 24 : 12) / kVecs;
   int64_t row = 0;
   for (; row + kMost <= rows; row += kMost) multiply_tile<kMost, kVecs>(p, row, column);
   if constexpr (kMost > 4) {

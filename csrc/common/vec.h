@@ -22,7 +22,9 @@
 
 namespace vico::VICO_CPU_ARCH {
 
-#ifdef __AVX2__
+#ifdef __AVX512F__
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
 constexpr int kVecBytes = 32;
 #else
 constexpr int kVecBytes = 16;
@@ -30,6 +32,7 @@ constexpr int kVecBytes = 16;
 
 typedef float VecF __attribute__((vector_size(kVecBytes)));
 typedef double VecD __attribute__((vector_size(kVecBytes)));
+typedef uint64_t VecU64 __attribute__((vector_size(kVecBytes)));
 typedef int32_t VecI32 __attribute__((vector_size(kVecBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVecBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVecBytes / 2)));  // 16-bit storage of one VecF
@@ -70,7 +73,11 @@ VICO_INLINE VecD load(const double* p) {
   return v;
 }
 VICO_INLINE VecF load(const BFloat16* p) {
-#ifdef __AVX2__
+#ifdef __AVX512F__
+  __m256i half;
+  std::memcpy(&half, p, sizeof(half));
+  return (VecF)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16);
+#elif defined(__AVX2__)
   __m128i
       half;  // NOTE: an intrinsic, because gcc widens by __builtin_convertvector in four instructions instead of one
   std::memcpy(&half, p, sizeof(half));
@@ -82,7 +89,11 @@ VICO_INLINE VecF load(const BFloat16* p) {
 #endif
 }
 VICO_INLINE VecF load(const Half* p) {
-#ifdef __F16C__
+#ifdef __AVX512F__
+  __m256i half;
+  std::memcpy(&half, p, sizeof(half));
+  return (VecF)_mm512_maskz_cvtph_ps(0xffff, half);
+#elif defined(__F16C__)
   __m128i half;
   std::memcpy(&half, p, sizeof(half));
   return (VecF)_mm256_cvtph_ps(half);
@@ -104,7 +115,10 @@ VICO_INLINE void store(BFloat16* p, VecF v) {
   std::memcpy(p, &half, sizeof(half));
 }
 VICO_INLINE void store(Half* p, VecF v) {
-#ifdef __F16C__
+#ifdef __AVX512F__
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &half, sizeof(half));
+#elif defined(__F16C__)
   const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(p, &half, sizeof(half));
 #else
@@ -131,7 +145,12 @@ VICO_INLINE void store_partial(T* p, vec_t<T> v, int64_t n) {
 template <class V>
 VICO_INLINE auto sum(V v) {
   auto total = v[0];
-  if constexpr (kLanes<V> == 8) {
+  if constexpr (kLanes<V> == 16) {
+    typedef decltype(total) Half8 __attribute__((vector_size(sizeof(V) / 2)));
+    Half8 halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return sum(halves[0] + halves[1]);
+  } else if constexpr (kLanes<V> == 8) {
     total = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   } else if constexpr (kLanes<V> == 4) {
     total = (v[0] + v[2]) + (v[1] + v[3]);

@@ -12,12 +12,12 @@ constexpr int kRows = 3;      // rows of x per step: 12 sums and what they are m
 constexpr int64_t kDepth = 512;
 
 // totals[r * kFeatures + f] += the vector of partial sums of x[r, :] . weight[f, :] over n elements. Meanwhile n
-// elements of kAhead rows from `ahead` on, `ahead_stride` apart, are fetched into the L2 cache. NOTE: each total has
-// one order of summation, whatever kF and kR: how features and rows are grouped does not change a bit of the result.
-// Sums of sums round less than one long sum.
-template <int kF, int kR, int kAhead, class W, class T, class A, class V>
+// elements of `ahead_rows` rows from `ahead` on, `ahead_stride` apart, are fetched into the L2 cache. NOTE: each total
+// has one order of summation, whatever kF and kR: how features and rows are grouped does not change a bit of the
+// result. Sums of sums round less than one long sum.
+template <int kF, int kR, class W, class T, class A, class V>
 VICO_INLINE void dot_tile(const W* weight, int64_t weight_stride, const A* x, int64_t x_stride, int64_t n,
-                          const T* ahead, int64_t ahead_stride, V* totals) {
+                          int64_t ahead_rows, const T* ahead, int64_t ahead_stride, V* totals) {
   constexpr int64_t kLine = 64 / sizeof(T);
   V sums[kF][kR] = {};
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
@@ -33,8 +33,8 @@ VICO_INLINE void dot_tile(const W* weight, int64_t weight_stride, const A* x, in
   };
   int64_t k = 0;
   for (; k + kLine <= n; k += kLine) {
-#pragma GCC unroll 4
-    for (int f = 0; f < kAhead; ++f) __builtin_prefetch(ahead + f * ahead_stride + k, 0, 2);
+#pragma GCC unroll 1
+    for (int64_t f = 0; f < ahead_rows; ++f) __builtin_prefetch(ahead + f * ahead_stride + k, 0, 2);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kLine; i += kLanes<V>) step(k + i);
   }
@@ -56,11 +56,10 @@ template <int kF, class T, class W, class V>
 VICO_INLINE void dot_piece(const SkinnyLinearParams& p, const T* next, const W* weight, int64_t weight_stride,
                            const accumulate_t<T>* x, int64_t n, V* totals) {
   const int64_t x_stride = p.groups * p.depth, tiles = (p.rows + kRows - 1) / kRows;
-  const auto tile = [&](auto ahead, int64_t row, const T* from) __attribute__((always_inline)) {
-    constexpr int kAhead = kF == kFeatures ? decltype(ahead)::value : 0;
+  const auto tile = [&](int64_t row, int64_t ahead_rows, const T* ahead) __attribute__((always_inline)) {
     const auto run = [&](auto rows) __attribute__((always_inline)) {
-      dot_tile<kF, decltype(rows)::value, kAhead>(weight, weight_stride, x + row * x_stride, x_stride, n, from,
-                                                  p.feature_stride, totals + row * kFeatures);
+      dot_tile<kF, decltype(rows)::value>(weight, weight_stride, x + row * x_stride, x_stride, n, ahead_rows, ahead,
+                                          p.feature_stride, totals + row * kFeatures);
     };
     switch (p.rows - row) {
       case 1:
@@ -72,16 +71,11 @@ VICO_INLINE void dot_piece(const SkinnyLinearParams& p, const T* next, const W* 
     }
   };
   // The first tiles share the rows to fetch, so that memory is read at an even pace.
-  if (tiles == 1) return tile(std::integral_constant<int, 4>(), 0, next);
-  int64_t row = 0;
-  if (tiles < 4) {
-    for (int64_t f = 0; f < kF; f += 2, row += kRows)
-      tile(std::integral_constant<int, 2>(), row, next + f * p.feature_stride);
-  } else {
-    for (int64_t f = 0; f < kF; f += 1, row += kRows)
-      tile(std::integral_constant<int, 1>(), row, next + f * p.feature_stride);
+  const int64_t fetched = kF == kFeatures ? kF : 0, share = tiles == 1 ? 4 : tiles < 4 ? 2 : 1;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t left = fetched - i * share;
+    tile(i * kRows, left > 0 ? min_of(left, share) : 0, left > 0 ? next + i * share * p.feature_stride : next);
   }
-  for (; row < p.rows; row += kRows) tile(std::integral_constant<int, 0>(), row, next);
 }
 
 // y[:, group, feature .. feature + kF) from weight rows whose elements are next to each other.
