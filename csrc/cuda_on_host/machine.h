@@ -151,8 +151,9 @@ void finish_thread(Fiber* f);
 void reset_barriers();
 
 // shared_memory.cpp
+constexpr size_t kMaxShared = 227 * 1024;
 void reset_static_shared();
-void* shared_range(uint32_t address, size_t bytes, const char* what);  // fails outside dynamic shared memory
+void* shared_range(uint32_t address, size_t bytes, const char* what);  // fails outside
 
 // bulk_copy.cpp
 bool step_bulk_copy();  // one random copy under way takes effect; false: there is none

@@ -24,6 +24,8 @@ $(out)/$(1)/%: $(out)/$(1)/%.o $(patsubst %,$(out)/$(1)/runtime/%.o,$(runtime) $
 	g++ -no-pie $($(1)_link) $$^ -o $$@
 $(out)/$(1)/%.o: tests/%.cpp rules.mk | $(out)/$(1)/runtime
 	$(compiler) $(common) $($(1)_flags) $($(1)_kernel) -MMD -MP -c $$< -o $$@
+$(out)/$(1)/%.o: conformance/%.cu rules.mk | $(out)/$(1)/runtime
+	$(compiler) $(common) $($(1)_flags) $($(1)_kernel) -MMD -MP -x c++ -c $$< -o $$@
 $(out)/$(1)/runtime/%.o: %.cpp rules.mk | $(out)/$(1)/runtime
 	$(compiler) $(common) $($(1)_flags) $($(1)_runtime_flags) -MMD -MP -c $$< -o $$@
 $(out)/$(1)/runtime:

@@ -147,6 +147,21 @@ inline unsigned __ballot_sync(unsigned mask, int p) { return coh::ballot(mask, p
 inline int __any_sync(unsigned mask, int p) { return coh::ballot(mask, p) != 0; }
 inline int __all_sync(unsigned mask, int p) { return coh::ballot(mask, p) == mask; }
 
+namespace coh {
+
+// The device's integers wrap around.
+template <class T>
+T wrapping_sum(T a, T b) {
+  if constexpr (std::is_integral_v<T>) {
+    using Unsigned = std::make_unsigned_t<T>;
+    return static_cast<T>(static_cast<Unsigned>(a) + static_cast<Unsigned>(b));
+  } else {
+    return a + b;
+  }
+}
+
+}  // namespace coh
+
 // ---- atomics: threads only switch inside note_atomic and at other calls of the runtime, so what follows it is atomic.
 // Not instrumented: the race checker has been told.
 #define COH_ATOMIC(name, result)                                   \
@@ -157,7 +172,7 @@ inline int __all_sync(unsigned mask, int p) { return coh::ballot(mask, p) == mas
     *p = static_cast<T>(result);                                   \
     return old;                                                    \
   }
-COH_ATOMIC(atomicAdd, old + value)
+COH_ATOMIC(atomicAdd, coh::wrapping_sum(old, value))
 COH_ATOMIC(atomicMax, value > old ? value : old)
 COH_ATOMIC(atomicMin, value < old ? value : old)
 COH_ATOMIC(atomicExch, value)

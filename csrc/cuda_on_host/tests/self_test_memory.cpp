@@ -77,12 +77,13 @@ __global__ void shuffle_kernel(int* out, int lanes) {
 }
 
 __global__ void ldmatrix_kernel(uint32_t* out, int lanes) {
-  VICO_SHARED(uint16_t, m, [32][8]);
-  for (int i = 0; i < 8; ++i) m[threadIdx.x][i] = static_cast<uint16_t>(threadIdx.x);
+  VICO_SHARED(uint4, m, [32]);
+  const unsigned pair = threadIdx.x | threadIdx.x << 16;
+  m[threadIdx.x] = make_uint4(pair, pair, pair, pair);
   __syncwarp();
   uint32_t r[4] = {};
   if (static_cast<int>(threadIdx.x) < lanes) {
-    vico::ptx::ldmatrix(r, m[threadIdx.x]);
+    vico::ptx::ldmatrix(r, &m[threadIdx.x]);
   } else {
     __syncwarp();
   }
