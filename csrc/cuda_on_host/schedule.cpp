@@ -183,12 +183,13 @@ void fail(const char* format, ...) {
   leave_last(running());
 }
 
-void launch(void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes) {
+void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes) {
   if (block.x * block.y * block.z > 1024) fail("a block of %u threads", block.x * block.y * block.z);
   if (block.x * block.y * block.z == 0 || grid.x * grid.y * grid.z == 0) fail("an empty launch");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
   if (shared_bytes > kMaxShared) fail("%zu bytes of dynamic shared memory, more than 227 KiB", shared_bytes);
   Machine& m = machine;
+  stats.kernels.insert(kernel);
   m.body = body;
   m.arguments = arguments;
   m.steps = 0;

@@ -36,7 +36,8 @@ extern dim3 grid_dim, block_dim;
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-void launch(void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
+// `kernel` is only noted: a test program tells which ones it has run.
+void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
 void* dynamic_shared();
 // The block's variable of this key: each has an allocation of its own, so that ASan sees its ends.
 void* static_shared(const void* key, size_t bytes, size_t alignment);
@@ -82,6 +83,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
     std::tuple<Params...> params;
   } call{kernel, {static_cast<Params>(args)...}};
   coh::launch(
+      reinterpret_cast<const void*>(kernel),
       [](void* p) {
         const Call& c = *static_cast<Call*>(p);
         std::apply([&](const auto&... x) { c.kernel(x...); }, c.params);
