@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 HARNESS = ROOT / "csrc" / "cuda_on_host"
 MODES = ("plain", "asan", "race")
 SELF_TESTS = ("self_test_memory", "self_test_async")
-KERNEL_TESTS = ("test_pixel_shuffle", "test_normalized_shuffle")
+KERNEL_TESTS = sorted(source.stem for source in (HARNESS / "tests").glob("test_*.cpp"))
 
-# case: what each build must say about the planted bug (a build that is not named need not catch it)
-RACE = "races were found"
+# case: what each build must say about the planted bug, as a regular expression; a build that is not named need not
+# catch it
+RACE = "race: "
 ASAN = "AddressSanitizer"
-EVERYWHERE = dict.fromkeys(MODES, "FAIL")
 MEMORY_BUGS = {
     "missing_barrier": {"plain": "element", "asan": "element", "race": RACE},
     "missing_second_barrier": {"plain": "element", "asan": "element", "race": RACE},
@@ -28,95 +32,141 @@ MEMORY_BUGS = {
     "dynamic_shared_out_of_bounds": {"asan": ASAN},
     "misaligned_raw_vector": {"asan": "misaligned address"},
     "misaligned_vector": dict.fromkeys(MODES, "is not aligned to 16 bytes"),
+    "misaligned_static_shared": dict.fromkeys(MODES, "is not aligned to 16 bytes"),
     "divergent_shuffle": dict.fromkeys(MODES, "divergent warp"),
     "divergent_ldmatrix": dict.fromkeys(MODES, "divergent warp"),
     "deadlock": dict.fromkeys(MODES, "threads 0-63 wait at barrier 1"),
-    "unwritten_output": EVERYWHERE,
-    "unset_shared": EVERYWHERE,
+    "unwritten_output": dict.fromkeys(MODES, r"element 127 is -?nan"),
+    "unset_shared": dict.fromkeys(MODES, r"element 0 is -?nan"),
     "blocks_write_one_place": {"race": RACE},
     "missing_threadfence": {"race": RACE},
     "plain_beside_atomic": {"race": RACE},
     "endless_spin": dict.fromkeys(MODES, "spins until another block has run"),
 }
 ASYNC_BUGS = {
-    "wait_count": EVERYWHERE,
+    "wait_count": dict.fromkeys(MODES, r"element \(0, 0\) is -?nan"),
     "no_barrier_after_wait": {"plain": "element", "asan": "element", "race": RACE},
     "misaligned_copy": dict.fromkeys(MODES, "cp.async: misaligned 16-byte copy"),
-    "wrong_parity": EVERYWHERE,
-    "wrong_transaction_bytes": EVERYWHERE,
+    "wrong_parity": dict.fromkeys(MODES, "deadlock in block .* wait at mbarrier parity 1"),
+    "wrong_transaction_bytes": {
+        "plain": "bytes still expected by a mbarrier",
+        "asan": "bytes still expected by a mbarrier",
+        "race": RACE,
+    },
     "missing_proxy_fence": {"race": RACE},
-    "missing_empty_wait": EVERYWHERE,
-    "missing_wgmma_wait": EVERYWHERE,
+    "missing_empty_wait": dict.fromkeys(MODES, "more arrivals in a phase than the count"),
+    "missing_wgmma_wait": {"plain": "element", "asan": "element", "race": RACE},
     "missing_wgmma_fence": dict.fromkeys(MODES, "no wgmma.fence"),
     "missing_mbarrier_fence": dict.fromkeys(MODES, "made the mbarrier visible"),
     "missing_store_wait": dict.fromkeys(MODES, "without having waited for its TMA stores"),
 }
+BUGS = dict(zip(SELF_TESTS, (MEMORY_BUGS, ASYNC_BUGS), strict=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one program: what the tests below are made of."""
+
+    program: str
+    mode: str
+    arguments: tuple[str, ...] = ()
+    schedule: str = "pct"
+
+    def __str__(self) -> str:
+        return "-".join((self.program, self.mode, *self.arguments, self.schedule))
+
+
+Outcomes = Mapping[Run, Future[tuple[int, str]]]
 PLANTED = [
-    (program, case, mode, message)
-    for program, bugs in zip(SELF_TESTS, (MEMORY_BUGS, ASYNC_BUGS), strict=True)
+    (Run(program, mode, ("--planted", "--seeds", "10", case)), message)
+    for program, bugs in BUGS.items()
     for case, modes in bugs.items()
     for mode, message in modes.items()
 ]
+CLEAN = [Run(program, mode, ("--seeds", "10")) for program in SELF_TESTS for mode in MODES]
+KERNELS = [
+    Run(program, mode, ("--seeds", "10" if mode == "plain" else "1")) for program in KERNEL_TESTS for mode in MODES
+] + [Run(program, "plain", (), schedule) for program in KERNEL_TESTS for schedule in ("fifo", "reverse", "random")]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or platform.machine() != "x86_64" or "VICO_SANITIZED" in os.environ,
-    reason="cuda_on_host needs g++ on x86-64, and an environment that preloads no sanitizer",
-)
-
-
-def build(mode: str, *programs: str) -> Path:
-    done = subprocess.run(["sh", HARNESS / "build.sh", mode, *programs], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ROOT / "build" / "cuda_on_host" / mode
-
-
-@pytest.fixture(scope="session")
-def built() -> dict[str, Path]:
-    if not (HARNESS / "build.sh").exists():
-        pytest.skip("the sources of cuda_on_host are not here")
-    return {mode: build(mode, *SELF_TESTS, *KERNEL_TESTS) for mode in MODES}
+needs_harness = [
+    pytest.mark.skipif(not (HARNESS / "build.sh").exists(), reason="the sources of cuda_on_host are not here"),
+    pytest.mark.skipif(
+        shutil.which("g++") is None or shutil.which("make") is None or platform.machine() != "x86_64",
+        reason="cuda_on_host needs make and g++ on x86-64",
+    ),
+    pytest.mark.skipif("VICO_SANITIZED" in os.environ, reason="this environment preloads a sanitizer"),
+]
+pytestmark = needs_harness
 
 
-def run(folder: Path, program: str, *arguments: str, **environment: str) -> tuple[int, str]:
+def execute(run: Run) -> tuple[int, str]:
     done = subprocess.run(
-        [folder / program, *arguments],
+        [ROOT / "build" / "cuda_on_host" / run.mode / run.program, *run.arguments],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, **environment},
+        env={**os.environ, "VICO_COH_SCHEDULE": run.schedule},
     )
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("program", "case", "mode", "message"), PLANTED)
-def test_planted_bug_is_caught(built: dict[str, Path], program: str, case: str, mode: str, message: str) -> None:
-    code, output = run(built[mode], program, "--planted", "--seeds", "10", case)
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
+    """Builds what the selected tests of this file need, and has all of their runs under way on every core."""
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = {run for call in calls for run in (call.get("run"), *call.get("runs", ())) if isinstance(run, Run)}
+    runs = sorted(wanted, key=lambda r: (r.program in SELF_TESTS, r.mode != "race"))  # the longest first
+    modes = ",".join(sorted({r.mode for r in runs}))
+    command = ["sh", str(HARNESS / "build.sh"), modes, *sorted({r.program for r in runs})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {run: pool.submit(execute, run) for run in runs}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(("run", "message"), PLANTED, ids=str)
+def test_planted_bug_is_caught(outcomes: Outcomes, run: Run, message: str) -> None:
+    code, output = outcomes[run].result()
     assert code != 0, "the bug went unnoticed"
-    assert message in output
+    assert re.search(message, output), output
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("program", SELF_TESTS)
-def test_no_false_alarm(built: dict[str, Path], program: str, mode: str) -> None:
-    code, output = run(built[mode], program, "--seeds", "10")
+@pytest.mark.parametrize("run", CLEAN, ids=str)
+def test_no_false_alarm(outcomes: Outcomes, run: Run) -> None:
+    code, output = outcomes[run].result()
     assert code == 0, output
-    bugs = MEMORY_BUGS if program == SELF_TESTS[0] else ASYNC_BUGS
-    assert output.count("ok ") == len(bugs), "a case has no entry in the tables above, or an entry no case"
+    cases = set(re.findall(r"^ok +(\w+)", output, re.MULTILINE))
+    assert cases == set(BUGS[run.program]), "a case without an entry in the tables above, or the reverse"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("program", KERNEL_TESTS)
-def test_kernels(built: dict[str, Path], program: str, mode: str) -> None:
-    code, output = run(built[mode], program, "--seeds", "10" if mode == "plain" else "1")
+@pytest.mark.parametrize("run", KERNELS, ids=str)
+def test_kernels(outcomes: Outcomes, run: Run) -> None:
+    code, output = outcomes[run].result()
     assert code == 0, output
 
 
-@pytest.mark.parametrize("schedule", ["fifo", "reverse", "random"])
-@pytest.mark.parametrize("program", KERNEL_TESTS)
-def test_kernels_under_other_schedules(built: dict[str, Path], program: str, schedule: str) -> None:
-    code, output = run(built["plain"], program, VICO_COH_SCHEDULE=schedule)
-    assert code == 0, output
+def launched_kernels(program: str, output: str) -> set[str]:
+    """Names of the kernels whose addresses a run of the plain build has listed."""
+    addresses = {int(a, 16) for a in re.findall(r"^kernel (0x[0-9a-f]+)", output, re.MULTILINE)}
+    binary = ROOT / "build" / "cuda_on_host" / "plain" / program
+    symbols = subprocess.run(["nm", "-C", binary], capture_output=True, text=True, check=True).stdout
+    names = (line.split(maxsplit=2) for line in symbols.splitlines() if line[:1] != " ")
+    return {re.split(r"[<(]", n[2])[0].split("::")[-1].split()[-1] for n in names if int(n[0], 16) in addresses}
+
+
+@pytest.mark.parametrize("runs", [[Run(program, "plain", (), "fifo") for program in KERNEL_TESTS]], ids=["plain"])
+def test_every_kernel_is_run(outcomes: Outcomes, runs: list[Run]) -> None:
+    sources = [p for p in (ROOT / "csrc").rglob("*.cu*") if "cuda_on_host" not in p.parts]
+    declared: set[str] = set()
+    for source in sources:
+        text = re.sub(r"//[^\n]*|__launch_bounds__\([^)]*\)", "", source.read_text())
+        declared |= set(re.findall(r"__global__\s+void\s+(\w+)\s*\(", text))
+        assert text.count("__global__") == len(re.findall(r"__global__\s+void\s+\w+\s*\(", text)), source
+    assert declared
+    launched = set().union(*(launched_kernels(run.program, outcomes[run].result()[1]) for run in runs))
+    assert declared <= launched, f"no test_*.cpp launches {sorted(declared - launched)}"
 
 
 @pytest.mark.slow
