@@ -34,6 +34,7 @@ MEMORY_BUGS = {
     "unwritten_output": EVERYWHERE,
     "unset_shared": EVERYWHERE,
     "blocks_write_one_place": {"race": RACE},
+    "threads_write_one_byte": {"race": RACE},
     "missing_threadfence": {"race": RACE},
     "plain_beside_atomic": {"race": RACE},
     "endless_spin": dict.fromkeys(MODES, "spins until another block has run"),
