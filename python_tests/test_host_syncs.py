@@ -6,6 +6,8 @@ there are no values, so that any read fails, and copies to or from it are counte
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -176,3 +178,37 @@ def test_rows_of_tokens_without_values():
     with torch.no_grad():
         VF.scatter_tokens_(embeds, index, tokens)
     assert embeds.grad.shape == embeds.shape
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_gpu
+@pytest.mark.parametrize("policy", KNOWN, ids=repr)
+def test_cuda_graph_of_the_whole_visual_side(policy):
+    side, given = VisualSide(policy, "cuda").eval(), inputs("cuda", 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        side(*given, None)  # once before, as torch asks: libraries allocate their workspaces
+        with torch.cuda.graph(graph):
+            captured = side(*given, None)
+        given[0].copy_(torch.randn_like(given[0]))
+        graph.replay()
+        want = side(*given, None)
+    for field in dataclasses.fields(want):
+        torch.testing.assert_close(getattr(captured, field.name), getattr(want, field.name))
+
+
+@needs_gpu
+@pytest.mark.parametrize("policy", KNOWN + COUNTED, ids=repr)
+def test_cuda_syncs(policy):
+    side, given = VisualSide(policy, "cuda").eval(), inputs("cuda", 1)
+    side(*given, None)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            side(*given, None).inputs_embeds.square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == (policy not in KNOWN)

@@ -154,7 +154,9 @@ def test_budget_route_is_a_stable_sort(tiles, dtype):
         p = p.to(dtype)
         for count in {0, 1, tiles // 2, tiles}:
             best = torch.sort(p, descending=True, stable=True).indices[:count]
-            assert torch.equal(VF.budget_route(p, count), torch.zeros(tiles, dtype=torch.bool).index_fill(0, best, True))
+            assert torch.equal(
+                VF.budget_route(p, count), torch.zeros(tiles, dtype=torch.bool).index_fill(0, best, True)
+            )
 
 
 def test_thresholds_that_decide_without_looking():
