@@ -141,7 +141,7 @@ class RoutingPolicy(ABC):
 
     Attributes:
         uses_images: whether :meth:`compress` looks at ``tiles_per_image``; where not, it gets None, and nothing is sent
-            to the device.
+            to the device. Of this package's policies :class:`PerImagePolicy` alone does.
     """
 
     uses_images: ClassVar[bool] = True
@@ -298,7 +298,7 @@ def _to_device(images: Tensor, device: torch.device) -> Tensor:
     # NOTE: from pinned memory, because a copy from anywhere else makes the host wait for all that the device has to do.
     if images.device.type == "cpu" and device.type == "cuda":
         images = images.pin_memory()
-    return images.to(device, non_blocking=True)
+    return images.to(device, non_blocking=device.type != "cpu")
 
 
 def plan_routing(

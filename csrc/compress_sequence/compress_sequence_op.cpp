@@ -1,4 +1,4 @@
-// The door of compress_sequence: checks, allocation, threads.
+// The door of compress_sequence: checks, allocation, threads or launch.
 #include "common/door.h"
 #include "compress_sequence/compress_sequence.h"
 

@@ -1,4 +1,4 @@
-// The door of merge_tokens: checks, allocation, threads.
+// The door of merge_tokens: checks, allocation, threads or launch.
 #include "common/door.h"
 #include "merge_tokens/merge_tokens.h"
 

@@ -1,4 +1,5 @@
-// The door of routing_plan: checks, allocation, threads, and torch's own interpolation between order statistics.
+// The door of routing_plan: checks, allocation, threads or launch, and torch's own interpolation between order
+// statistics.
 #include <array>
 
 #include "common/door.h"
