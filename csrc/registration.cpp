@@ -50,6 +50,7 @@ STABLE_TORCH_LIBRARY(vico, m) {
   // routing: which tiles are compressed, and where each tile's tokens go
   m.def("checked_probabilities(Tensor p) -> Tensor");
   m.def("quantile_route(Tensor p, Tensor? cu_tiles, float relative, float absolute) -> Tensor compress");
+  m.def("budget_route(Tensor p, SymInt count) -> Tensor compress");
   m.def("plan_tokens(Tensor compress, int full_tokens, int compressed_tokens) -> (Tensor cu_tokens, Tensor order)");
 
   // rows of `embeds` and `tokens` laid out by `source`: -1 zero row, [0, R) a row of embeds, [R, R + T) a row of tokens

@@ -39,6 +39,7 @@ MEMORY_BUGS = {
     "unwritten_output": dict.fromkeys(MODES, r"element 127 is -?nan"),
     "unset_shared": dict.fromkeys(MODES, r"element 0 is -?nan"),
     "blocks_write_one_place": {"race": RACE},
+    "threads_write_one_byte": {"race": RACE},
     "missing_threadfence": {"race": RACE},
     "plain_beside_atomic": {"race": RACE},
     "endless_spin": dict.fromkeys(MODES, "spins until another block has run"),

@@ -146,6 +146,28 @@ def test_budget_takes_the_fewest_of_the_highest(p, fraction, absolute):
     assert sorted(ranked[: plan.compressed_tiles]) == plan.compress.nonzero()[:, 0].tolist()
 
 
+@pytest.mark.parametrize("tiles", [1, 31, 33, 5000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_budget_route_is_a_stable_sort(tiles, dtype):
+    """Few and many tiles; ties, and zeros of both signs, which are equal."""
+    for p in (torch.rand(tiles), torch.randint(0, 3, (tiles,)) / 2, torch.zeros(tiles) * torch.randn(tiles)):
+        p = p.to(dtype)
+        for count in {0, 1, tiles // 2, tiles}:
+            best = torch.sort(p, descending=True, stable=True).indices[:count]
+            assert torch.equal(
+                VF.budget_route(p, count), torch.zeros(tiles, dtype=torch.bool).index_fill(0, best, True)
+            )
+
+
+def test_thresholds_that_decide_without_looking():
+    p = torch.tensor([0.0, 1.0, 0.5])
+    for threshold, compressed in ((0, 3), (-1, 3), (1 + 1e-9, 0), (2, 0)):  # 1 + 1e-9 is 1 in float32
+        policy = ThresholdPolicy(threshold)
+        assert policy.compressed_tiles(3, (256, 64)) == compressed
+        assert int(vico_ext.plan_routing(p, policy).compress.sum()) == compressed
+    assert ThresholdPolicy(1).compressed_tiles(3, (256, 64)) is None
+
+
 def test_budget_that_cannot_be_met():
     with pytest.raises(ValueError, match=r"budget of 319 tokens cannot be met: 5 tiles need at least 5 x 64 = 320 to"):
         vico_ext.plan_routing(torch.rand(5), BudgetPolicy(max_tokens=319))
@@ -236,6 +258,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(ops.checked_probabilities.default, (p,))
     torch.library.opcheck(ops.quantile_route.default, (p, None, 0.3, 0.1))
     torch.library.opcheck(ops.quantile_route.default, (p, torch.tensor([0, 2, 2, 6]), 0.5, 0.0))
+    torch.library.opcheck(ops.budget_route.default, (p, 2))
     torch.library.opcheck(ops.plan_tokens.default, (p > 0.5, 256, 64))
 
 
@@ -290,6 +313,15 @@ def test_bad_arguments(kwargs, error, message):
 def test_bad_policies_and_masks(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_bad_budgets():
+    with pytest.raises(RuntimeError, match=r"count must lie in \[0, 3\], the number of tiles, got 4"):
+        VF.budget_route(torch.rand(3), 4)
+    with pytest.raises(RuntimeError, match="p must hold probabilities, got NaN for tile 1"):
+        VF.budget_route(torch.tensor([0.5, torch.nan]), 1)
+    with pytest.raises(RuntimeError, match=r"p must have shape \[tiles\]"):
+        VF.budget_route(torch.rand(3, 1), 1)
 
 
 @pytest.mark.parametrize(

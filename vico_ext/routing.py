@@ -11,13 +11,14 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from vico_ext import functional
+from vico_ext.functional.sync import size_on_host
 
 __all__ = [
     "BudgetPolicy",
@@ -96,7 +97,7 @@ class RoutingPlan:
         if compress.dim() != 1:
             raise ValueError(f"compress must have shape [tiles], got {list(compress.shape)}")
         cu_tokens, order = functional.plan_tokens(compress, *tokens)
-        count = int(compress.sum()) if compressed_tiles is None else compressed_tiles
+        count = size_on_host(compress.sum()) if compressed_tiles is None else compressed_tiles
         return cls(compress, cu_tokens, order, count, tokens)
 
     @property
@@ -136,7 +137,14 @@ torch.serialization.add_safe_globals([RoutingPlan])  # torch.load and torch.expo
 
 
 class RoutingPolicy(ABC):
-    """Decides which tiles are compressed. Subclass it to bring a rule of your own."""
+    """Decides which tiles are compressed. Subclass it to bring a rule of your own.
+
+    Attributes:
+        uses_images: whether :meth:`compress` looks at ``tiles_per_image``; where not, it gets None, and nothing is sent
+            to the device. Of this package's policies :class:`PerImagePolicy` alone does.
+    """
+
+    uses_images: ClassVar[bool] = True
 
     @abstractmethod
     def compress(self, p: Tensor, tiles_per_image: Tensor | None, tokens: tuple[int, int]) -> Tensor:
@@ -144,7 +152,8 @@ class RoutingPolicy(ABC):
 
         Args:
             p: ``[P]`` float32 or float64 in [0, 1]: the probability that the smaller number of tokens is enough.
-            tiles_per_image: ``[images]`` int64 with sum P on the device of ``p``, or None where images are not known.
+            tiles_per_image: ``[images]`` int64 with sum P on the device of ``p``, or None where images are not known or
+                not used.
             tokens: visual tokens of a whole and of a compressed tile.
 
         Returns:
@@ -170,6 +179,7 @@ class ReleasedPolicy(RoutingPolicy):
 
     relative: float
     absolute: float
+    uses_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_share(self.relative, "relative")
@@ -186,6 +196,8 @@ class PerImagePolicy(ReleasedPolicy):
     Needs ``tiles_per_image``. An image of one tile is never compressed.
     """
 
+    uses_images: ClassVar[bool] = True
+
     def compress(self, p: Tensor, tiles_per_image: Tensor | None, tokens: tuple[int, int]) -> Tensor:
         if tiles_per_image is None:
             raise ValueError("PerImagePolicy needs tiles_per_image, the number of tiles of each image, got None")
@@ -197,16 +209,23 @@ class ThresholdPolicy(RoutingPolicy):
     """Compress iff p >= threshold: each tile is decided by itself.
 
     Attributes:
-        threshold: above 1 nothing is compressed, at 0 and below everything.
+        threshold: above 1 nothing is compressed, at 0 and below everything: then the count needs no host sync.
     """
 
     threshold: float = 0.5
+    uses_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_number(self.threshold, "threshold")
 
+    def compressed_tiles(self, tiles: int, tokens: tuple[int, int]) -> int | None:
+        if self.threshold > 1:
+            return 0
+        return tiles if self.threshold <= 0 else None
+
     def compress(self, p: Tensor, tiles_per_image: Tensor | None, tokens: tuple[int, int]) -> Tensor:
-        return p >= self.threshold
+        # Compared in the dtype of p, in which a threshold just above 1 is 1.
+        return torch.zeros_like(p, dtype=torch.bool) if self.threshold > 1 else p >= self.threshold
 
 
 @dataclass(frozen=True)
@@ -225,6 +244,7 @@ class BudgetPolicy(RoutingPolicy):
 
     max_tokens: int | None = None
     fraction: float | None = None
+    uses_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if (self.max_tokens is None) == (self.fraction is None):
@@ -251,19 +271,19 @@ class BudgetPolicy(RoutingPolicy):
         return max(0, -((budget - tiles * full) // (full - compressed)))
 
     def compress(self, p: Tensor, tiles_per_image: Tensor | None, tokens: tuple[int, int]) -> Tensor:
-        count = self.compressed_tiles(p.shape[0], tokens)
-        best = torch.sort(p, descending=True, stable=True).indices[:count]
-        return torch.zeros_like(p, dtype=torch.bool).index_fill(0, best, True)
+        return functional.budget_route(p, self.compressed_tiles(p.shape[0], tokens))
 
 
-def _checked_images(tiles_per_image: Sequence[int] | Tensor, tiles: int, device: torch.device) -> Tensor:
-    """tiles_per_image [images] int64 on `device`."""
+def _checked_images(tiles_per_image: Sequence[int] | Tensor, tiles: int) -> Tensor:
+    """tiles_per_image [images] int64, checked; but its values only where reading them does not wait for a device."""
     if isinstance(tiles_per_image, Tensor):
         if tiles_per_image.dim() != 1 or tiles_per_image.is_floating_point() or tiles_per_image.dtype == torch.bool:
             raise ValueError(
                 f"tiles_per_image must be a list of ints or an int tensor [images], got {tiles_per_image.dtype} of "
                 f"shape {list(tiles_per_image.shape)}"
             )
+        if tiles_per_image.device.type != "cpu":
+            return tiles_per_image.long()
         images = tiles_per_image.tolist()
     else:
         images = list(map(operator.index, tiles_per_image))
@@ -271,7 +291,14 @@ def _checked_images(tiles_per_image: Sequence[int] | Tensor, tiles: int, device:
         raise ValueError(f"tiles_per_image must not be negative, got {images}")
     if sum(images) != tiles:
         raise ValueError(f"tiles_per_image must add up to the {tiles} tiles of p, got {images} = {sum(images)} tiles")
-    return torch.tensor(images, dtype=torch.int64, device=device)
+    return torch.tensor(images, dtype=torch.int64)
+
+
+def _to_device(images: Tensor, device: torch.device) -> Tensor:
+    # NOTE: from pinned memory, because a copy from anywhere else makes the host wait for all that the device has to do.
+    if images.device.type == "cpu" and device.type == "cuda":
+        images = images.pin_memory()
+    return images.to(device, non_blocking=device.type != "cpu")
 
 
 def plan_routing(
@@ -283,14 +310,18 @@ def plan_routing(
 ) -> RoutingPlan:
     """Decides which tiles are compressed, and lays out the packed tokens.
 
-    Not differentiable: ``p`` is detached. On an accelerator the one host sync is the count of compressed tiles, and
-    policies that know it (:class:`BudgetPolicy`) need none; a ``tiles_per_image`` tensor belongs on the CPU.
+    Not differentiable: ``p`` is detached. On an accelerator the one host sync is the count of compressed tiles.
+    Policies that know it need none, and can be captured in a CUDA graph: :class:`BudgetPolicy`, and a
+    :class:`ThresholdPolicy` that compresses all or nothing. Values on an accelerator are checked there, by the kernels
+    that use them: what is raised on the CPU for a bad probability or ``tiles_per_image`` then ends the kernel, and
+    surfaces as a CUDA error at the next call that waits for the device.
 
     Args:
         p: ``[P]``, any floating dtype: the probability of each tile that the smaller number of tokens is enough. 16-bit
             probabilities are taken to float32.
         policy: the rule.
-        tiles_per_image: ``[images]``, how many of the P tiles belong to each image, in order; some policies need it.
+        tiles_per_image: ``[images]``, how many of the P tiles belong to each image, in order; some policies need it. A
+            list, or a tensor on the CPU or on the device of ``p``.
         tokens: visual tokens of a whole and of a compressed tile.
 
     Raises:
@@ -308,7 +339,8 @@ def plan_routing(
         raise ValueError(f"p must be a floating tensor of shape [tiles], got {p.dtype} of shape {list(p.shape)}")
     tokens = _checked_tokens(tokens)
     tiles = p.shape[0]
-    images = None if tiles_per_image is None else _checked_images(tiles_per_image, tiles, p.device)
+    images = None if tiles_per_image is None else _checked_images(tiles_per_image, tiles)
+    images = _to_device(images, p.device) if images is not None and policy.uses_images else None
     compress = policy.compress(functional.checked_probabilities(p), images, tokens)
     if not isinstance(compress, Tensor) or compress.dtype != torch.bool or compress.shape != p.shape:
         got = f"{compress.dtype} of shape {list(compress.shape)}" if isinstance(compress, Tensor) else repr(compress)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vico_ext import functional
+from vico_ext.functional.sync import size_on_host
 from vico_ext.routing import RoutingPlan
 
 __all__ = ["CompressedSequence", "compress_sequence", "merge_visual_tokens"]
@@ -90,7 +91,7 @@ def _check_arguments(
 
 def _take(values: Tensor, position: Tensor, fill: int) -> Tensor:
     """values.flatten()[position], `fill` where position is -1."""
-    return torch.where(position < 0, fill, values.reshape(-1)[position.clamp_min(0)]).to(values.dtype)
+    return values.reshape(-1)[position.clamp_min(0)].masked_fill(position < 0, fill)
 
 
 def _first_row(sequence: CompressedSequence) -> CompressedSequence:
@@ -119,8 +120,9 @@ def compress_sequence(
     in is taken off both ends of a row.
 
     L' is the longest row after compression, which takes one host sync on an accelerator; none with a single row
-    without ``attention_mask``, nor where ``length`` is given. Under ``torch.compile(fullgraph=True)`` give ``length``
-    for several rows, or set ``torch._dynamo.config.capture_scalar_outputs``.
+    without ``attention_mask``, nor where ``length`` is given: then it can be captured in a CUDA graph. Under
+    ``torch.compile(fullgraph=True)`` give ``length`` for several rows, or set
+    ``torch._dynamo.config.capture_scalar_outputs``.
 
     Args:
         input_ids: ``[B, L]`` int64, or ``[L]``: then everything else and the results have no row dimension either.
@@ -139,7 +141,8 @@ def compress_sequence(
         TypeError: ``plan`` is not a plan.
         ValueError: shapes do not fit, or ``padding_side`` is neither.
         RuntimeError: the batch does not hold the placeholders of the plan's tiles, those of a tile are interrupted or
-            not of one row, a row is longer than ``length``, or dtypes or devices do not fit.
+            not of one row, a row is longer than ``length``, or dtypes or devices do not fit. On an accelerator what
+            depends on values surfaces later, as a CUDA error at the next call that waits for the device.
     """
     _check_arguments(input_ids, plan, attention_mask, labels, position_ids, padding_side)
     one_row = input_ids.dim() == 1
@@ -163,7 +166,7 @@ def compress_sequence(
         if rows == 1 and attention_mask is None:
             length = before - plan.compressed_tiles * (full - compressed)
         else:
-            length = int(counts.max()) if rows else 0
+            length = size_on_host(counts.max()) if rows else 0
     position, source = functional.compress_positions(
         input_ids, keep, length, placeholder_id=placeholder_id, padding_side=padding_side
     )

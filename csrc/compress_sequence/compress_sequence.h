@@ -1,8 +1,9 @@
 // compress_sequence: which positions of a batch of token ids stay when tiles are compressed, where each position of the
-// shorter batch comes from, and its position ids. Integers only; one thread per row of the batch.
+// shorter batch comes from, and its position ids. Integers only; one thread per row of the batch, or one block.
 #pragma once
 
 #include "common/cpu_arch.h"
+#include "common/cuda_stream.h"
 #include "common/dtype.h"
 
 namespace vico {
@@ -10,7 +11,9 @@ namespace vico {
 // A tile owns `full_tokens` consecutive placeholders of one row, tiles in reading order; a compressed one keeps its
 // first `compressed_tokens`. Padding is what the mask leaves out at the two ends of a row.
 struct KeepPlaceholdersParams {
+  int64_t rows = 0;         // B
   int64_t length = 0;       // L
+  int64_t tiles = 0;        // P
   int64_t placeholder = 0;  // token id
   int64_t full_tokens = 0;
   int64_t compressed_tokens = 0;            // <= full_tokens
@@ -20,10 +23,10 @@ struct KeepPlaceholdersParams {
   int64_t* begin = nullptr;                 // [B], first position of the row that is no padding
   int64_t* end = nullptr;                   // [B], one past the last such position
   int64_t* placeholders = nullptr;          // [B], placeholders in [begin, end)
-  const int64_t* first_tile = nullptr;      // [B], tiles before the row
+  const int64_t* first_tile = nullptr;      // CPU: [B], tiles before the row
   unsigned char* keep = nullptr;            // [B, L], 0 or 1
   int64_t* counts = nullptr;                // [B], positions kept
-  int64_t* broken = nullptr;                // [B], where a tile begins that lacks placeholders; -1: nowhere
+  int64_t* broken = nullptr;                // CPU: [B], where a tile begins that lacks placeholders; -1: nowhere
 };
 
 struct CompressSequenceParams {
@@ -36,19 +39,21 @@ struct CompressSequenceParams {
   const unsigned char* keep = nullptr;    // [B, L], contiguous, 0 or 1
   int64_t* counts = nullptr;              // [B], positions kept, <= out_length
   int64_t* visual = nullptr;              // [B], placeholders kept
-  const int64_t* first_visual = nullptr;  // [B], placeholders kept before the row
+  const int64_t* first_visual = nullptr;  // CPU: [B], placeholders kept before the row
   int64_t* position = nullptr;            // [B, L']: the flat position it comes from, -1 for padding
   int64_t* source = nullptr;              // [B, L']: -1 padding, flat position of text, B * L + running placeholder
 };
 
 struct RenumberPositionsParams {
+  int64_t rows = 0;                       // B
   int64_t length = 0;                     // L
   int64_t out_length = 0;                 // L'
   int64_t row_stride = 0;                 // of position_ids; 0 where all rows share one
   const int64_t* position_ids = nullptr;  // [B, L], elements of a row next to each other
   const int64_t* position = nullptr;      // [B, L'], contiguous: flat positions ascending within a row, -1 for padding
   int64_t* out = nullptr;                 // [B, L']
-  int64_t* broken = nullptr;              // [B], first output position whose `position` is not of the row; -1: none
+  int64_t* broken = nullptr;              // CPU: [B], first output position whose `position` is wrong; -1: none
+  int64_t* column = nullptr;              // CUDA: [B, L], workspace
 };
 
 // All over rows [begin, end) of B.
@@ -57,5 +62,11 @@ VICO_CPU_KERNEL(keep_placeholders, const KeepPlaceholdersParams&, int64_t begin,
 VICO_CPU_KERNEL(count_kept, const CompressSequenceParams&, int64_t begin, int64_t end)
 VICO_CPU_KERNEL(compress_sequence, const CompressSequenceParams&, int64_t begin, int64_t end)
 VICO_CPU_KERNEL(renumber_positions, const RenumberPositionsParams&, int64_t begin, int64_t end)
+
+void count_placeholders_cuda(const KeepPlaceholdersParams& p, cudaStream_t stream);
+void keep_placeholders_cuda(const KeepPlaceholdersParams& p, cudaStream_t stream);
+void count_kept_cuda(const CompressSequenceParams& p, cudaStream_t stream);
+void compress_sequence_cuda(const CompressSequenceParams& p, cudaStream_t stream);
+void renumber_positions_cuda(const RenumberPositionsParams& p, cudaStream_t stream);
 
 }  // namespace vico

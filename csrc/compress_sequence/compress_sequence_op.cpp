@@ -1,7 +1,5 @@
-// The door of compress_sequence: checks, allocation, threads.
-#include <torch/csrc/stable/library.h>
-
-#include "common/tensor.h"
+// The door of compress_sequence: checks, allocation, threads or launch.
+#include "common/door.h"
 #include "compress_sequence/compress_sequence.h"
 
 namespace vico {
@@ -11,7 +9,7 @@ const unsigned char* bool_data(const Tensor& t) { return static_cast<const unsig
 
 // input_ids [rows, length] int64, contiguous.
 Tensor checked_ids(const Tensor& input_ids, const char* op) {
-  check_cpu(input_ids, "input_ids", op);
+  check_kernels(input_ids, op);
   check_dtype(input_ids, ScalarType::Long, "input_ids", "int64", op);
   check_shape(input_ids, {-1, -1}, "input_ids", "[rows, length]", op);
   return to_contiguous(input_ids);
@@ -19,7 +17,7 @@ Tensor checked_ids(const Tensor& input_ids, const char* op) {
 
 // A bool tensor of the shape of input_ids, contiguous.
 Tensor checked_bool_like(const Tensor& t, const Tensor& input_ids, const char* name, const char* op) {
-  check_cpu(t, name, op);
+  check_device(t, input_ids, name, "input_ids", op);
   check_dtype(t, ScalarType::Bool, name, "bool", op);
   check_shape(t, {input_ids.size(0), input_ids.size(1)}, name, "that of input_ids", op);
   return to_contiguous(t);
@@ -46,7 +44,7 @@ std::tuple<Tensor, Tensor> keep_placeholders_op(const Tensor& input_ids_in, cons
   const Tensor input_ids = checked_ids(input_ids_in, kOp);
   std::optional<Tensor> mask;
   if (mask_in) mask = checked_bool_like(*mask_in, input_ids, "attention_mask", kOp);
-  check_cpu(compress_in, "compress", kOp);
+  check_device(compress_in, input_ids, "compress", "input_ids", kOp);
   check_dtype(compress_in, ScalarType::Bool, "compress", "bool", kOp);
   check_shape(compress_in, {-1}, "compress", "[tiles]", kOp);
   VICO_CHECK(full_tokens > compressed_tokens && compressed_tokens > 0, kOp,
@@ -56,21 +54,38 @@ std::tuple<Tensor, Tensor> keep_placeholders_op(const Tensor& input_ids_in, cons
   const int64_t rows = input_ids.size(0), length = input_ids.size(1), tiles = compress.numel();
   Tensor keep = make_tensor(input_ids, {rows, length}, ScalarType::Bool);
   Tensor counts = make_tensor(input_ids, {rows});
-  std::vector<int64_t> begin(rows), end(rows), placeholders(rows), first_tile(rows), broken(rows);
   KeepPlaceholdersParams p;
+  p.rows = rows;
   p.length = length;
+  p.tiles = tiles;
   p.placeholder = placeholder;
   p.full_tokens = full_tokens;
   p.compressed_tokens = compressed_tokens;
   p.input_ids = input_ids.const_data_ptr<int64_t>();
   p.mask = mask ? bool_data(*mask) : nullptr;
   p.compress = bool_data(compress);
+  p.keep = static_cast<unsigned char*>(keep.mutable_data_ptr());
+  p.counts = counts.mutable_data_ptr<int64_t>();
+  const auto check_total = [&](int64_t total) {
+    VICO_CHECK(total == tiles * full_tokens, kOp, "input_ids must hold ", tiles * full_tokens, " placeholders (id ",
+               placeholder, ") in the whole batch, padding left out: ", tiles, " tiles of the plan times ", full_tokens,
+               ", got ", total, ". Is the plan that of this batch, and are the ids not compressed yet?");
+  };
+  if (on_cuda(input_ids)) {
+    if (rows == 0) check_total(0);
+    Tensor row_facts = make_tensor(input_ids, {3, rows});
+    p.begin = row_facts.mutable_data_ptr<int64_t>();
+    p.end = p.begin + rows;
+    p.placeholders = p.end + rows;
+    VICO_CUDA_CALL(count_placeholders, p, input_ids);
+    VICO_CUDA_CALL(keep_placeholders, p, input_ids);
+    return {keep, counts};
+  }
+  std::vector<int64_t> begin(rows), end(rows), placeholders(rows), first_tile(rows), broken(rows);
   p.begin = begin.data();
   p.end = end.data();
   p.placeholders = placeholders.data();
   p.first_tile = first_tile.data();
-  p.keep = static_cast<unsigned char*>(keep.mutable_data_ptr());
-  p.counts = counts.mutable_data_ptr<int64_t>();
   p.broken = broken.data();
   parallel_rows(rows, length, [&](int64_t b, int64_t e) { VICO_CPU_CALL(count_placeholders, p, b, e); });
   int64_t total = 0;
@@ -78,9 +93,7 @@ std::tuple<Tensor, Tensor> keep_placeholders_op(const Tensor& input_ids_in, cons
     first_tile[b] = total / full_tokens;
     total += placeholders[b];
   }
-  VICO_CHECK(total == tiles * full_tokens, kOp, "input_ids must hold ", tiles * full_tokens, " placeholders (id ",
-             placeholder, ") in the whole batch, padding left out: ", tiles, " tiles of the plan times ", full_tokens,
-             ", got ", total, ". Is the plan that of this batch, and are the ids not compressed yet?");
+  check_total(total);
   parallel_rows(rows, length, [&](int64_t b, int64_t e) { VICO_CPU_CALL(keep_placeholders, p, b, e); });
   check_unbroken(p, rows, kOp);
   return {keep, counts};
@@ -100,6 +113,17 @@ std::tuple<Tensor, Tensor> compress_sequence_op(const Tensor& input_ids_in, cons
   p.pad_left = pad_left;
   p.input_ids = input_ids.const_data_ptr<int64_t>();
   p.keep = bool_data(keep);
+  Tensor position = make_tensor(input_ids, {p.rows, length}), source = make_tensor(input_ids, {p.rows, length});
+  p.position = position.mutable_data_ptr<int64_t>();
+  p.source = source.mutable_data_ptr<int64_t>();
+  if (on_cuda(input_ids)) {
+    Tensor row_facts = make_tensor(input_ids, {2, p.rows});
+    p.counts = row_facts.mutable_data_ptr<int64_t>();
+    p.visual = p.counts + p.rows;
+    VICO_CUDA_CALL(count_kept, p, input_ids);
+    VICO_CUDA_CALL(compress_sequence, p, input_ids);
+    return {position, source};
+  }
   std::vector<int64_t> counts(p.rows), visual(p.rows), first_visual(p.rows);
   p.counts = counts.data();
   p.visual = visual.data();
@@ -112,17 +136,14 @@ std::tuple<Tensor, Tensor> compress_sequence_op(const Tensor& input_ids_in, cons
     first_visual[b] = total;
     total += visual[b];
   }
-  Tensor position = make_tensor(input_ids, {p.rows, length}), source = make_tensor(input_ids, {p.rows, length});
-  p.position = position.mutable_data_ptr<int64_t>();
-  p.source = source.mutable_data_ptr<int64_t>();
   parallel_rows(p.rows, p.length + length, [&](int64_t b, int64_t e) { VICO_CPU_CALL(compress_sequence, p, b, e); });
   return {position, source};
 }
 
 Tensor renumber_positions_op(const Tensor& position_ids_in, const Tensor& position_in) {
   constexpr const char* kOp = "renumber_positions";
-  check_cpu(position_ids_in, "position_ids", kOp);
-  check_cpu(position_in, "position", kOp);
+  check_kernels(position_ids_in, kOp);
+  check_device(position_in, position_ids_in, "position", "position_ids", kOp);
   check_dtype(position_ids_in, ScalarType::Long, "position_ids", "int64", kOp);
   check_dtype(position_in, ScalarType::Long, "position", "int64", kOp);
   check_shape(position_ids_in, {-1, -1}, "position_ids", "[rows, length]", kOp);
@@ -131,14 +152,21 @@ Tensor renumber_positions_op(const Tensor& position_ids_in, const Tensor& positi
   const Tensor position_ids = with_dense_last_dim(position_ids_in), position = to_contiguous(position_in);
   Tensor out = make_tensor(position, {rows, position.size(1)});
   if (out.numel() == 0) return out;
-  std::vector<int64_t> broken(rows);
   RenumberPositionsParams p;
+  p.rows = rows;
   p.length = position_ids.size(1);
   p.out_length = position.size(1);
   p.row_stride = position_ids.stride(0);
   p.position_ids = position_ids.const_data_ptr<int64_t>();
   p.position = position.const_data_ptr<int64_t>();
   p.out = out.mutable_data_ptr<int64_t>();
+  if (on_cuda(position)) {
+    Tensor column = make_tensor(position, {rows, p.length});
+    p.column = column.mutable_data_ptr<int64_t>();
+    VICO_CUDA_CALL(renumber_positions, p, position);
+    return out;
+  }
+  std::vector<int64_t> broken(rows);
   p.broken = broken.data();
   parallel_rows(rows, p.length + p.out_length,
                 [&](int64_t b, int64_t e) { VICO_CPU_CALL(renumber_positions, p, b, e); });
@@ -153,7 +181,7 @@ Tensor renumber_positions_op(const Tensor& position_ids_in, const Tensor& positi
 }  // namespace
 }  // namespace vico
 
-STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+VICO_DOORS(m) {
   m.impl("keep_placeholders", TORCH_BOX(&vico::keep_placeholders_op));
   m.impl("compress_sequence", TORCH_BOX(&vico::compress_sequence_op));
   m.impl("renumber_positions", TORCH_BOX(&vico::renumber_positions_op));

@@ -12,8 +12,6 @@
 namespace coh {
 namespace {
 
-constexpr size_t kCellBytes = 2;
-
 struct Epoch {
   int block = -1, thread = -1;
   uint32_t clock = 0;
@@ -38,6 +36,7 @@ struct Cell {
 struct Region {
   const char *begin, *end;
   bool shared;
+  size_t cell_bytes = 2;  // 1 from the first access to a single byte on: its neighbour may be another thread's
   std::vector<Cell> cells;
 };
 
@@ -64,8 +63,24 @@ std::unique_ptr<Region> make_region(const void* p, size_t bytes, bool shared) {
   r->begin = static_cast<const char*>(p);
   r->end = r->begin + bytes;
   r->shared = shared;
-  r->cells.resize((bytes + kCellBytes - 1) / kCellBytes);
+  r->cells.resize((bytes + r->cell_bytes - 1) / r->cell_bytes);
   return r;
+}
+
+void split_cells(Region& r) {
+  std::vector<Cell> bytes(2 * r.cells.size());
+  for (size_t i = 0; i < r.cells.size(); ++i) {
+    Cell &of = r.cells[i], &twin = bytes[2 * i];
+    twin.launch = of.launch;
+    twin.async_write = of.async_write;
+    twin.write = of.write;
+    twin.atomics = of.atomics;
+    twin.reads = of.reads;
+    if (of.all_reads) twin.all_reads = std::make_unique<std::vector<Epoch>>(*of.all_reads);
+    bytes[2 * i + 1] = std::move(of);
+  }
+  r.cells = std::move(bytes);
+  r.cell_bytes = 1;
 }
 
 std::string describe(int block, int thread, const void* pc) {
@@ -172,9 +187,10 @@ void check_cell(const Region& r, Cell& c, size_t byte, const Access& a) {
 void check(const void* p, size_t bytes, const Access& a) {
   Region* r = find_region(p);
   if (!r || a.thread < 0) return;
+  if (bytes == 1 && r->cell_bytes > 1) split_cells(*r);
   const size_t at = static_cast<size_t>(static_cast<const char*>(p) - r->begin);
-  for (size_t i = at / kCellBytes; i <= (at + bytes - 1) / kCellBytes && i < r->cells.size(); ++i) {
-    check_cell(*r, r->cells[i], i * kCellBytes, a);
+  for (size_t i = at / r->cell_bytes; i <= (at + bytes - 1) / r->cell_bytes && i < r->cells.size(); ++i) {
+    check_cell(*r, r->cells[i], i * r->cell_bytes, a);
   }
 }
 

@@ -1,7 +1,5 @@
-// The door of merge_tokens: checks, allocation, threads.
-#include <torch/csrc/stable/library.h>
-
-#include "common/tensor.h"
+// The door of merge_tokens: checks, allocation, threads or launch.
+#include "common/door.h"
 #include "merge_tokens/merge_tokens.h"
 
 namespace vico {
@@ -13,23 +11,24 @@ bool is_new_pages(const Tensor& t) {
   return t.numel() * static_cast<int64_t>(t.element_size()) >= kBytes;
 }
 
-void check_rows(const Tensor& t, const char* name, const char* wanted, const char* op) {
-  check_cpu(t, name, op);
-  check_shape(t, {-1, -1}, name, wanted, op);
-}
-
-void check_same_hidden(const Tensor& tokens, const Tensor& embeds, const char* op) {
+// tokens [T, H] beside embeds [R, H].
+void check_tokens(const Tensor& tokens, const Tensor& embeds, const char* op) {
+  check_device(tokens, embeds, "tokens", "embeds", op);
+  check_same_dtype(tokens, embeds, "tokens", "embeds", op);
+  check_shape(tokens, {-1, -1}, "tokens", "[tokens, hidden]", op);
   VICO_CHECK(tokens.size(1) == embeds.size(1), op, "tokens must have the hidden size of embeds (", embeds.size(1),
              "), got shape ", shape_string(tokens));
 }
 
-// Checks an int64 vector with values in [low, high), and gives it contiguous.
-Tensor checked_index(const Tensor& index_in, int64_t low, int64_t high, const char* name, const char* wanted,
-                     const char* op) {
-  check_cpu(index_in, name, op);
+// Checks an int64 vector on the device of `like` with values in [low, high), and gives it contiguous. On CUDA the
+// kernel checks the values.
+Tensor checked_index(const Tensor& index_in, const Tensor& like, const char* like_name, int64_t low, int64_t high,
+                     const char* name, const char* wanted, const char* op) {
+  check_device(index_in, like, name, like_name, op);
   check_dtype(index_in, ScalarType::Long, name, "int64", op);
   check_shape(index_in, {-1}, name, wanted, op);
   const Tensor index = to_contiguous(index_in);
+  if (on_cuda(index)) return index;
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < index.numel(); ++i) {
     VICO_CHECK(values[i] >= low && values[i] < high, op, name, " must lie in [", low, ", ", high, "), got ", values[i],
@@ -40,16 +39,17 @@ Tensor checked_index(const Tensor& index_in, int64_t low, int64_t high, const ch
 
 Tensor merge_tokens_op(const Tensor& embeds_in, const Tensor& tokens_in, const Tensor& source_in) {
   constexpr const char* kOp = "merge_tokens";
-  check_rows(embeds_in, "embeds", "[rows, hidden]", kOp);
-  check_rows(tokens_in, "tokens", "[tokens, hidden]", kOp);
+  check_kernels(embeds_in, kOp);
   MergeTokensParams p;
   p.element_size = element_size(float_dtype(embeds_in, "embeds", kOp));
-  check_same_dtype(tokens_in, embeds_in, "tokens", "embeds", kOp);
-  check_same_hidden(tokens_in, embeds_in, kOp);
-  const Tensor source =
-      checked_index(source_in, -1, embeds_in.size(0) + tokens_in.size(0), "source", "[output rows]", kOp);
+  check_shape(embeds_in, {-1, -1}, "embeds", "[rows, hidden]", kOp);
+  check_tokens(tokens_in, embeds_in, kOp);
+  const Tensor source = checked_index(source_in, embeds_in, "embeds", -1, embeds_in.size(0) + tokens_in.size(0),
+                                      "source", "[output rows]", kOp);
   const Tensor embeds = with_dense_last_dim(embeds_in), tokens = with_dense_last_dim(tokens_in);
+  p.rows = source.numel();
   p.embed_rows = embeds.size(0);
+  p.token_rows = tokens.size(0);
   p.hidden = embeds.size(1);
   Tensor out = make_tensor(embeds, {source.numel(), p.hidden});
   if (out.numel() == 0) return out;
@@ -59,6 +59,10 @@ Tensor merge_tokens_op(const Tensor& embeds_in, const Tensor& tokens_in, const T
   p.tokens = static_cast<const char*>(tokens.const_data_ptr());
   p.source = source.const_data_ptr<int64_t>();
   p.out = static_cast<char*>(out.mutable_data_ptr());
+  if (on_cuda(out)) {
+    VICO_CUDA_CALL(merge_tokens, p, out);
+    return out;
+  }
   p.new_pages = is_new_pages(out);
   parallel_rows(source.numel(), p.hidden,
                 [&](int64_t begin, int64_t end) { VICO_CPU_CALL(merge_tokens, p, begin, end); });
@@ -69,33 +73,46 @@ std::tuple<Tensor, Tensor> merge_tokens_backward_op(const Tensor& grad_out_in, c
                                                     int64_t embed_rows, int64_t token_rows, bool need_embeds,
                                                     bool need_tokens) {
   constexpr const char* kOp = "merge_tokens_backward";
-  check_rows(grad_out_in, "grad_out", "[output rows, hidden]", kOp);
+  check_kernels(grad_out_in, kOp);
   MergeTokensBackwardParams p;
   p.dtype = float_dtype(grad_out_in, "grad_out", kOp);
+  check_shape(grad_out_in, {-1, -1}, "grad_out", "[output rows, hidden]", kOp);
   VICO_CHECK(embed_rows >= 0 && token_rows >= 0, kOp, "embed_rows and token_rows must not be negative, got ",
              embed_rows, " and ", token_rows);
-  const Tensor source = checked_index(source_in, -1, embed_rows + token_rows, "source", "[output rows]", kOp);
+  const Tensor source =
+      checked_index(source_in, grad_out_in, "grad_out", -1, embed_rows + token_rows, "source", "[output rows]", kOp);
   VICO_CHECK(source.numel() == grad_out_in.size(0), kOp, "source must have one entry per row of grad_out (",
              grad_out_in.size(0), "), got ", source.numel());
   const Tensor grad_out = with_dense_last_dim(grad_out_in);
+  p.rows = source.numel();
   p.embed_rows = embed_rows;
+  p.token_rows = token_rows;
   p.hidden = grad_out.size(1);
+  p.need_embeds = need_embeds;
+  p.need_tokens = need_tokens;
   Tensor grad_embeds = make_tensor(grad_out, {need_embeds ? embed_rows : 0, p.hidden});
   Tensor grad_tokens = make_tensor(grad_out, {need_tokens ? token_rows : 0, p.hidden});
   if (grad_embeds.numel() + grad_tokens.numel() == 0) return {grad_embeds, grad_tokens};
-  std::vector<int64_t> first_use(embed_rows + token_rows, -1), next_use(source.numel());
+  p.grad_stride = grad_out.stride(0);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_embeds = grad_embeds.mutable_data_ptr();
+  p.grad_tokens = grad_tokens.mutable_data_ptr();
+  if (on_cuda(grad_out)) {
+    Tensor uses = make_tensor(source, {3, p.input_rows()});
+    p.source = source.const_data_ptr<int64_t>();
+    p.uses = uses.mutable_data_ptr<int64_t>();
+    VICO_CUDA_CALL(merge_tokens_backward, p, grad_out);
+    return {grad_embeds, grad_tokens};
+  }
+  std::vector<int64_t> first_use(p.input_rows(), -1), next_use(p.rows);
   const int64_t* s = source.const_data_ptr<int64_t>();
   for (int64_t i = source.numel() - 1; i >= 0; --i) {
     if (s[i] < 0) continue;
     next_use[i] = first_use[s[i]];
     first_use[s[i]] = i;
   }
-  p.grad_stride = grad_out.stride(0);
-  p.grad_out = grad_out.const_data_ptr();
   p.first_use = first_use.data();
   p.next_use = next_use.data();
-  p.grad_embeds = grad_embeds.mutable_data_ptr();
-  p.grad_tokens = grad_tokens.mutable_data_ptr();
   p.new_pages = is_new_pages(grad_embeds) || is_new_pages(grad_tokens);
   const int64_t first_row = need_embeds ? 0 : embed_rows, last_row = embed_rows + (need_tokens ? token_rows : 0);
   parallel_rows(last_row - first_row, p.hidden, [&](int64_t begin, int64_t end) {
@@ -104,7 +121,7 @@ std::tuple<Tensor, Tensor> merge_tokens_backward_op(const Tensor& grad_out_in, c
   return {grad_embeds, grad_tokens};
 }
 
-// Rows written twice would hold whichever thread came last.
+// Rows written twice would hold whichever thread came last. On CUDA the kernel checks.
 void check_distinct(const Tensor& index, int64_t rows, const char* op) {
   const int64_t* values = index.const_data_ptr<int64_t>();
   int64_t ascending = 1;
@@ -119,14 +136,13 @@ void check_distinct(const Tensor& index, int64_t rows, const char* op) {
 
 void scatter_tokens_op(Tensor embeds, const Tensor& index_in, const Tensor& tokens_in) {
   constexpr const char* kOp = "scatter_tokens_";
-  check_rows(embeds, "embeds", "[rows, hidden]", kOp);
-  check_rows(tokens_in, "tokens", "[tokens, hidden]", kOp);
-  check_same_dtype(tokens_in, embeds, "tokens", "embeds", kOp);
-  check_same_hidden(tokens_in, embeds, kOp);
-  const Tensor index = checked_index(index_in, 0, embeds.size(0), "index", "[tokens]", kOp);
+  check_kernels(embeds, kOp);
+  check_shape(embeds, {-1, -1}, "embeds", "[rows, hidden]", kOp);
+  check_tokens(tokens_in, embeds, kOp);
+  const Tensor index = checked_index(index_in, embeds, "embeds", 0, embeds.size(0), "index", "[tokens]", kOp);
   VICO_CHECK(index.numel() == tokens_in.size(0), kOp, "index must have one entry per row of tokens (",
              tokens_in.size(0), "), got ", index.numel());
-  check_distinct(index, embeds.size(0), kOp);
+  if (!on_cuda(index)) check_distinct(index, embeds.size(0), kOp);
   VICO_CHECK(embeds.size(1) <= 1 || embeds.stride(1) == 1, kOp,
              "embeds is written in place and must have its channels next to each other, got stride ", embeds.stride(1));
   VICO_CHECK(embeds.size(0) <= 1 || embeds.stride(0) >= embeds.size(1), kOp,
@@ -136,6 +152,8 @@ void scatter_tokens_op(Tensor embeds, const Tensor& index_in, const Tensor& toke
   if (tokens.numel() == 0) return;
   const int64_t bytes = static_cast<int64_t>(tokens.element_size());
   ScatterTokensParams p;
+  p.rows = index.numel();
+  p.embed_rows = embeds.size(0);
   p.row_bytes = tokens.size(1) * bytes;
   p.embed_stride = embeds.stride(0) * bytes;
   p.token_stride = tokens.stride(0) * bytes;
@@ -145,6 +163,12 @@ void scatter_tokens_op(Tensor embeds, const Tensor& index_in, const Tensor& toke
   VICO_CHECK(p.tokens >= p.embeds + (embeds.size(0) - 1) * p.embed_stride + p.row_bytes ||
                  p.embeds >= p.tokens + (tokens.size(0) - 1) * p.token_stride + p.row_bytes,
              kOp, "tokens must not share memory with embeds, which is written in place: pass tokens.clone()");
+  if (on_cuda(embeds)) {
+    Tensor owner = make_tensor(index, {p.embed_rows});
+    p.owner = owner.mutable_data_ptr<int64_t>();
+    VICO_CUDA_CALL(scatter_tokens, p, embeds);
+    return;
+  }
   parallel_rows(index.numel(), tokens.size(1),
                 [&](int64_t begin, int64_t end) { VICO_CPU_CALL(scatter_tokens, p, begin, end); });
 }
@@ -152,7 +176,7 @@ void scatter_tokens_op(Tensor embeds, const Tensor& index_in, const Tensor& toke
 }  // namespace
 }  // namespace vico
 
-STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+VICO_DOORS(m) {
   m.impl("merge_tokens", TORCH_BOX(&vico::merge_tokens_op));
   m.impl("merge_tokens_backward", TORCH_BOX(&vico::merge_tokens_backward_op));
   m.impl("scatter_tokens_", TORCH_BOX(&vico::scatter_tokens_op));

@@ -1,6 +1,7 @@
 // CPU kernels of routing_plan. Order statistics without a sort: linear in the tiles whatever their values.
 #include "common/vec.h"
 #include "routing_plan/routing_plan.h"
+#include "routing_plan/sort_key.h"
 
 namespace vico::VICO_CPU_ARCH {
 namespace {
@@ -11,24 +12,7 @@ VICO_INLINE float widened(T x) {
   return to_float(x);
 }
 
-// Unsigned integers in the order of the numbers they stand for: negative numbers have all bits flipped, others the
-// sign.
-VICO_INLINE uint32_t sort_key(float x) {
-  const uint32_t bits = detail::bit_cast<uint32_t>(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-VICO_INLINE uint64_t sort_key(double x) {
-  const uint64_t bits = detail::bit_cast<uint64_t>(x);
-  return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
-}
-VICO_INLINE float from_sort_key(uint32_t key) {
-  return detail::bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-VICO_INLINE double from_sort_key(uint64_t key) {
-  return detail::bit_cast<double>(key >> 63 ? key & ~(uint64_t{1} << 63) : ~key);
-}
-
-// sorted(p)[rank] and sorted(p)[min(rank + 1, n - 1)] of few elements: each one's place in the order is counted.
+// Of few elements: each one's place in the order is counted.
 template <class T>
 void select_two_of_few(const T* p, int64_t n, int64_t rank, T* value, T* next) {
   for (int64_t i = 0; i < n; ++i) {
@@ -39,7 +23,7 @@ void select_two_of_few(const T* p, int64_t n, int64_t rank, T* value, T* next) {
   }
 }
 
-// The same of many: eight bits of the key are decided in each pass over p.
+// Of many: eight bits of the key are decided in each pass over p.
 template <class T>
 void select_two(const T* p, int64_t n, int64_t rank, T* value, T* next) {
   using Key = decltype(sort_key(T{}));
@@ -69,6 +53,13 @@ void select_two(const T* p, int64_t n, int64_t rank, T* value, T* next) {
   }
 }
 
+// sorted(p)[rank] and sorted(p)[min(rank + 1, n - 1)].
+template <class T>
+void select_neighbors(const T* p, int64_t n, int64_t rank, T* value, T* next) {
+  constexpr int64_t kFew = 32;
+  n <= kFew ? select_two_of_few(p, n, rank, value, next) : select_two(p, n, rank, value, next);
+}
+
 template <class T>
 void segment_neighbors(const QuantileParams& p, int64_t segment) {
   const int64_t first = p.first_tile(segment), n = p.last_tile(segment) - first;
@@ -80,9 +71,7 @@ void segment_neighbors(const QuantileParams& p, int64_t segment) {
     int64_t floor_rank = static_cast<int64_t>(rank);
     if (floor_rank > n - 1) floor_rank = n - 1;
     weight = rank - static_cast<T>(floor_rank);
-    constexpr int64_t kFew = 32;
-    const T* x = static_cast<const T*>(p.p) + first;
-    n <= kFew ? select_two_of_few(x, n, floor_rank, &below, &above) : select_two(x, n, floor_rank, &below, &above);
+    select_neighbors(static_cast<const T*>(p.p) + first, n, floor_rank, &below, &above);
     if (!(weight > 0)) above = below;
   }
   static_cast<T*>(p.below)[segment] = below;
@@ -96,6 +85,19 @@ void route_segment(const QuantileParams& p, int64_t segment) {
   const T* x = static_cast<const T*>(p.p);
   for (int64_t t = p.first_tile(segment); t < p.last_tile(segment); ++t) {
     p.compress[t] = (x[t] > quantile) & (x[t] >= absolute);
+  }
+}
+
+// All tiles above the last value that is taken, then the first ones equal to it.
+template <class T>
+void take_highest(const BudgetParams& p) {
+  const T* x = static_cast<const T*>(p.p);
+  T least = 0, next = 0;
+  if (p.count > 0) select_neighbors(x, p.tiles, p.tiles - p.count, &least, &next);
+  int64_t equal = p.count;  // how many of these are taken
+  for (int64_t t = 0; t < p.tiles; ++t) equal -= x[t] > least;
+  for (int64_t t = 0; t < p.tiles; ++t) {
+    p.compress[t] = p.count > 0 && (x[t] > least || (x[t] == least && equal-- > 0));
   }
 }
 
@@ -128,6 +130,10 @@ void route_segments(const QuantileParams& p, int64_t begin, int64_t end) {
   for (int64_t segment = begin; segment < end; ++segment) {
     p.dtype == Dtype::kDouble ? route_segment<double>(p, segment) : route_segment<float>(p, segment);
   }
+}
+
+void budget_route(const BudgetParams& p) {
+  p.dtype == Dtype::kDouble ? take_highest<double>(p) : take_highest<float>(p);
 }
 
 void plan_tokens(const PlanTokensParams& p) {

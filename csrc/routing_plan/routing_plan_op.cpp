@@ -1,23 +1,31 @@
-// The door of routing_plan: checks, allocation, threads, and torch's own interpolation between order statistics.
-#include <torch/csrc/stable/library.h>
-
+// The door of routing_plan: checks, allocation, threads or launch, and torch's own interpolation between order
+// statistics.
 #include <array>
 
-#include "common/tensor.h"
+#include "common/door.h"
 #include "routing_plan/routing_plan.h"
 
 namespace vico {
 namespace {
 
-// `p` as float32 or float64 values, contiguous, in memory of its own; fails at the first tile whose value is bad.
-Tensor widen_probabilities_checked(const Tensor& p_in, bool bounded, const char* op) {
-  check_cpu(p_in, "p", op);
-  const Dtype dtype = float_dtype(p_in, "p", op);
-  check_shape(p_in, {-1}, "p", "[tiles]", op);
-  const Tensor p = to_contiguous(p_in);
+Tensor checked_vector(const Tensor& p, const char* op) {
+  check_kernels(p, op);
+  float_dtype(p, "p", op);
+  check_shape(p, {-1}, "p", "[tiles]", op);
+  return to_contiguous(p);
+}
+
+// `p` as float32 or float64 values, contiguous, in memory of its own. A bad value fails: on the CPU the first one here,
+// on CUDA in the kernel.
+Tensor widen_probabilities_checked(const Tensor& p, bool bounded, const char* op) {
+  const Dtype dtype = float_dtype(p, "p", op);
   Tensor out = make_tensor(p, {p.numel()}, accumulate_type(dtype));
   int64_t bad = -1;
-  const ProbabilityParams params{dtype, bounded, p.const_data_ptr(), out.mutable_data_ptr(), &bad};
+  const ProbabilityParams params{dtype, bounded, p.numel(), p.const_data_ptr(), out.mutable_data_ptr(), &bad};
+  if (on_cuda(p)) {
+    VICO_CUDA_CALL(widen_probabilities, params, p);
+    return out;
+  }
   VICO_CPU_CALL(widen_probabilities, params, 0, p.numel());
   if (bad < 0) return out;
   const double value = dtype == Dtype::kDouble ? out.const_data_ptr<double>()[bad] : out.const_data_ptr<float>()[bad];
@@ -27,8 +35,14 @@ Tensor widen_probabilities_checked(const Tensor& p_in, bool bounded, const char*
                ": pass the router's softmax, not its logits");
 }
 
+// What the deciding kernels read: on CUDA the values as they are, which they widen and check on the way.
+Tensor decision_values(const Tensor& p, const char* op) {
+  return on_cuda(p) ? p : widen_probabilities_checked(p, false, op);
+}
+
 Tensor checked_probabilities_op(const Tensor& p) {
-  return widen_probabilities_checked(p, true, "checked_probabilities");
+  constexpr const char* kOp = "checked_probabilities";
+  return widen_probabilities_checked(checked_vector(p, kOp), true, kOp);
 }
 
 // below + weight * (above - below). NOTE: torch's own kernel, because whether it fuses the multiplication into the
@@ -40,14 +54,20 @@ Tensor interpolate(const Tensor& below, const Tensor& above, const Tensor& weigh
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-int64_t checked_segments(const std::optional<Tensor>& cu_tiles, int64_t tiles, const char* op) {
+int64_t checked_segments(const std::optional<Tensor>& cu_tiles, const Tensor& p, const char* op) {
   if (!cu_tiles) return 1;
-  check_cpu(*cu_tiles, "cu_tiles", op);
+  const int64_t tiles = p.numel();
+  check_device(*cu_tiles, p, "cu_tiles", "p", op);
   check_dtype(*cu_tiles, ScalarType::Long, "cu_tiles", "int64", op);
   check_shape(*cu_tiles, {-1}, "cu_tiles", "[segments + 1]", op);
   VICO_CHECK(cu_tiles->is_contiguous(), op, "cu_tiles must be contiguous");
   const int64_t segments = cu_tiles->numel() - 1;
   VICO_CHECK(segments >= 0, op, "cu_tiles must have shape [segments + 1], got [0]");
+  if (on_cuda(p)) {
+    VICO_CHECK(segments > 0 || tiles == 0, op, "cu_tiles must end with the number of tiles (", tiles,
+               "), got no segments");
+    return segments;  // the kernel checks the values
+  }
   const int64_t* cu = cu_tiles->const_data_ptr<int64_t>();
   VICO_CHECK(cu[0] == 0 && cu[segments] == tiles, op, "cu_tiles must begin with 0 and end with the number of tiles (",
              tiles, "), got ", cu[0], " and ", cu[segments]);
@@ -61,14 +81,17 @@ int64_t checked_segments(const std::optional<Tensor>& cu_tiles, int64_t tiles, c
 Tensor quantile_route_op(const Tensor& p_in, const std::optional<Tensor>& cu_tiles, double relative, double absolute) {
   constexpr const char* kOp = "quantile_route";
   VICO_CHECK(relative >= 0 && relative <= 1, kOp, "relative must lie in [0, 1], got ", relative);
-  const Tensor p = widen_probabilities_checked(p_in, false, kOp);
-  const int64_t segments = checked_segments(cu_tiles, p.numel(), kOp);
+  const Tensor p = decision_values(checked_vector(p_in, kOp), kOp);
+  const int64_t segments = checked_segments(cu_tiles, p, kOp);
   Tensor compress = make_tensor(p, {p.numel()}, ScalarType::Bool);
   if (p.numel() == 0) return compress;
-  Tensor below = make_tensor(p, {segments}), above = make_tensor(p, {segments}), weight = make_tensor(p, {segments});
   QuantileParams params;
   params.dtype = float_dtype(p, "p", kOp);
+  const ScalarType wide = accumulate_type(params.dtype);
+  Tensor below = make_tensor(p, {segments}, wide), above = make_tensor(p, {segments}, wide);
+  Tensor weight = make_tensor(p, {segments}, wide);
   params.tiles = p.numel();
+  params.segments = segments;
   params.cu_tiles = cu_tiles ? cu_tiles->const_data_ptr<int64_t>() : nullptr;
   params.relative = relative;
   params.absolute = absolute;
@@ -77,6 +100,13 @@ Tensor quantile_route_op(const Tensor& p_in, const std::optional<Tensor>& cu_til
   params.above = above.mutable_data_ptr();
   params.weight = weight.mutable_data_ptr();
   params.compress = static_cast<unsigned char*>(compress.mutable_data_ptr());
+  if (on_cuda(p)) {
+    VICO_CUDA_CALL(quantile_neighbors, params, p);
+    const Tensor quantile = interpolate(below, above, weight);
+    params.quantile = quantile.const_data_ptr();
+    VICO_CUDA_CALL(route_segments, params, p);
+    return compress;
+  }
   constexpr int64_t kOperations = 32;  // at most, per tile
   const int64_t work = kOperations * (p.numel() / segments);
   parallel_rows(segments, work,
@@ -87,9 +117,25 @@ Tensor quantile_route_op(const Tensor& p_in, const std::optional<Tensor>& cu_til
   return compress;
 }
 
+Tensor budget_route_op(const Tensor& p_in, int64_t count) {
+  constexpr const char* kOp = "budget_route";
+  const Tensor p = decision_values(checked_vector(p_in, kOp), kOp);
+  VICO_CHECK(count >= 0 && count <= p.numel(), kOp, "count must lie in [0, ", p.numel(), "], the number of tiles, got ",
+             count);
+  Tensor compress = make_tensor(p, {p.numel()}, ScalarType::Bool);
+  const BudgetParams params{float_dtype(p, "p", kOp), p.numel(), count, p.const_data_ptr(),
+                            static_cast<unsigned char*>(compress.mutable_data_ptr())};
+  if (on_cuda(p)) {
+    VICO_CUDA_CALL(budget_route, params, p);
+  } else {
+    VICO_CPU_CALL(budget_route, params);
+  }
+  return compress;
+}
+
 std::tuple<Tensor, Tensor> plan_tokens_op(const Tensor& compress_in, int64_t full_tokens, int64_t compressed_tokens) {
   constexpr const char* kOp = "plan_tokens";
-  check_cpu(compress_in, "compress", kOp);
+  check_kernels(compress_in, kOp);
   check_dtype(compress_in, ScalarType::Bool, "compress", "bool", kOp);
   check_shape(compress_in, {-1}, "compress", "[tiles]", kOp);
   VICO_CHECK(full_tokens > compressed_tokens && compressed_tokens > 0, kOp,
@@ -105,15 +151,20 @@ std::tuple<Tensor, Tensor> plan_tokens_op(const Tensor& compress_in, int64_t ful
                                 static_cast<const unsigned char*>(compress.const_data_ptr()),
                                 cu_tokens.mutable_data_ptr<int64_t>(),
                                 order.mutable_data_ptr<int64_t>()};
-  VICO_CPU_CALL(plan_tokens, params);
+  if (on_cuda(compress)) {
+    VICO_CUDA_CALL(plan_tokens, params, compress);
+  } else {
+    VICO_CPU_CALL(plan_tokens, params);
+  }
   return {cu_tokens, order};
 }
 
 }  // namespace
 }  // namespace vico
 
-STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+VICO_DOORS(m) {
   m.impl("checked_probabilities", TORCH_BOX(&vico::checked_probabilities_op));
   m.impl("quantile_route", TORCH_BOX(&vico::quantile_route_op));
+  m.impl("budget_route", TORCH_BOX(&vico::budget_route_op));
   m.impl("plan_tokens", TORCH_BOX(&vico::plan_tokens_op));
 }

@@ -2,7 +2,7 @@
 
 from vico_ext.functional.connector import bias_gelu, connector, pack_tokens
 from vico_ext.functional.router import attention_pool, router_gate, router_pool, skinny_linear
-from vico_ext.functional.routing import checked_probabilities, plan_tokens, released_route
+from vico_ext.functional.routing import budget_route, checked_probabilities, plan_tokens, released_route
 from vico_ext.functional.shuffle import normalized_shuffle, pixel_shuffle
 from vico_ext.functional.tokens import (
     compress_positions,
@@ -17,6 +17,7 @@ from vico_ext.functional.tokens import (
 __all__ = [
     "attention_pool",
     "bias_gelu",
+    "budget_route",
     "checked_probabilities",
     "compress_positions",
     "connector",

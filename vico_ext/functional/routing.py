@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["checked_probabilities", "plan_tokens", "released_route"]
+__all__ = ["budget_route", "checked_probabilities", "plan_tokens", "released_route"]
 
 
 def checked_probabilities(p: Tensor) -> Tensor:
@@ -18,9 +18,28 @@ def checked_probabilities(p: Tensor) -> Tensor:
         ``[P]`` float64 for float64, float32 for all else.
 
     Raises:
-        RuntimeError: a value is NaN or outside [0, 1]; the message names the first such tile.
+        RuntimeError: a value is NaN or outside [0, 1]; the message names the first such tile. On CUDA the kernel
+            checks: the error surfaces at the next call that waits for the device.
     """
     return torch.ops.vico.checked_probabilities(p.detach())
+
+
+def budget_route(p: Tensor, count: int) -> Tensor:
+    """The `count` tiles of highest p; of equal ones those of lower index.
+
+    Equivalent to the first ``count`` entries of a stable descending sort, without the sort.
+
+    Args:
+        p: ``[P]`` probability that the smaller number of tokens is enough.
+        count: how many tiles to compress, from 0 to P.
+
+    Returns:
+        ``[P]`` bool.
+
+    Raises:
+        RuntimeError: a value of ``p`` is NaN (on CUDA it surfaces as above), or ``count`` is out of range.
+    """
+    return torch.ops.vico.budget_route(p.detach(), count)
 
 
 def released_route(p: Tensor, relative: float, absolute: float, *, tiles_per_image: Tensor | None = None) -> Tensor:
@@ -39,7 +58,7 @@ def released_route(p: Tensor, relative: float, absolute: float, *, tiles_per_ima
         ``[P]`` bool.
 
     Raises:
-        RuntimeError: a value of ``p`` is NaN, or the images do not add up to P tiles.
+        RuntimeError: a value of ``p`` is NaN, or the images do not add up to P tiles; on CUDA it surfaces as above.
     """
     cu_tiles = None if tiles_per_image is None else torch.nn.functional.pad(tiles_per_image.cumsum(0), (1, 0))
     return torch.ops.vico.quantile_route(p.detach(), cu_tiles, relative, absolute)

@@ -1,6 +1,9 @@
 """Rows of visual tokens to and from the rows of ``inputs_embeds``, and the positions they take in the sequence.
 
 R rows of embeddings (a batch [B, L, H] seen as [B * L, H]), T visual tokens, N output rows, H the LLM's width.
+
+Nothing here makes the host wait for a device. What depends on values (indices, placeholders) is checked where they are:
+on CUDA the kernel ends, and the error surfaces at the next call that waits for the device.
 """
 
 from __future__ import annotations

@@ -16,6 +16,11 @@ def _(p: Tensor, cu_tiles: Tensor | None, relative: float, absolute: float) -> T
     return p.new_empty(p.shape, dtype=torch.bool)
 
 
+@torch.library.register_fake("vico::budget_route")
+def _(p: Tensor, count: int) -> Tensor:
+    return p.new_empty(p.shape, dtype=torch.bool)
+
+
 @torch.library.register_fake("vico::plan_tokens")
 def _(compress: Tensor, full_tokens: int, compressed_tokens: int) -> tuple[Tensor, Tensor]:
     tiles = compress.shape[0]

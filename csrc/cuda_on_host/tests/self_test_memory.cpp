@@ -114,6 +114,9 @@ __global__ void overlap_kernel(float* out, int stride) {
       static_cast<float>(blockIdx.x * static_cast<unsigned>(stride) + threadIdx.x);
 }
 
+// Neighbouring bytes are places of their own.
+__global__ void bytes_kernel(unsigned char* out, unsigned stride) { out[threadIdx.x * stride / 2] = 1; }
+
 // The last block to finish adds up what all have written.
 __global__ void last_block_kernel(float* partials, unsigned* ticket, float* out, bool bug) {
   VICO_SHARED(unsigned, rank, [1]);
@@ -245,6 +248,12 @@ COH_CASE(blocks_write_one_place) {
   Buffer<float> out(planted ? kThreads * 2 - 1 : kThreads * 2);
   vico::launch(overlap_kernel, 2, kThreads, 0, nullptr, out.data(), planted ? kThreads - 1 : kThreads);
   expect_iota(out, 1.0f);
+}
+
+COH_CASE(threads_write_one_byte) {
+  Buffer<unsigned char> out(kThreads);
+  vico::launch(bytes_kernel, 1, kThreads, 0, nullptr, out.data(), planted ? 1u : 2u);
+  for (size_t i = 0; i < kThreads / (planted ? 2 : 1); ++i) expect(out[i] == 1, "element %zu holds %d", i, out[i]);
 }
 
 COH_CASE(missing_threadfence) {
