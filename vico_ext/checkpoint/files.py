@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFiles", "FlashCheckpointError"]
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFiles", "FlashCheckpointError", "StateDictFiles"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -165,6 +166,34 @@ class CheckpointFiles:
         return FlashCheckpointError(
             path, f"not a readable safetensors file ({error}): truncated or damaged, fetch it again"
         )
+
+
+class StateDictFiles:
+    """A state dict in memory, read like :class:`CheckpointFiles`."""
+
+    _CODES: ClassVar = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.path = Path("state dict")
+        self._tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._tensors)
+
+    def config(self) -> dict[str, Any]:
+        """Empty: a state dict has no configuration."""
+        return {}
+
+    def describe(self, name: str) -> tuple[list[int], str]:
+        """Shape and dtype code of a tensor."""
+        t = self._tensors[name]
+        return list(t.shape), self._CODES.get(t.dtype, str(t.dtype))
+
+    def tensor(self, name: str) -> Tensor:
+        """A copy of the tensor."""
+        return self._tensors[name].detach().clone()
 
 
 def _listed(paths: Sequence[Path], most: int = 4) -> str:

@@ -1,0 +1,305 @@
+"""The visual side of a patched InternVL: pixel values and a prompt in, the language model's shorter inputs out.
+
+B rows, L positions before and L' after compression, P tiles, T packed visual tokens, H the language model's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vico_ext import functional as VF
+from vico_ext.integrations.report import LastCall
+from vico_ext.modules import VisualResolutionRouter
+from vico_ext.routing import (
+    BudgetPolicy,
+    PerImagePolicy,
+    ReleasedPolicy,
+    RoutingPlan,
+    RoutingPolicy,
+    ThresholdPolicy,
+    decide,
+)
+from vico_ext.tokens import CompressedSequence, compress_sequence
+
+__all__ = ["Encoded", "VicoParts", "encode", "policy_of"]
+
+_POLICIES: dict[str, Any] = {c.__name__: c for c in (BudgetPolicy, PerImagePolicy, ReleasedPolicy, ThresholdPolicy)}
+
+
+class VicoParts(nn.Module):
+    """What ViCO adds to an InternVL: the submodule ``vico`` of its ``model``.
+
+    The connector at 256 tokens per tile is not here: it is the model's own ``multi_modal_projector``.
+
+    Attributes:
+        mlp2: the 64-token connector, ``nn.Sequential`` under the released names.
+        router: the router; it never drops out, and does not require gradients until one asks for it: routing is not
+            differentiable, so the language model's loss gives it none.
+        policy: which tiles are compressed; set it to change the rule, the model's config follows.
+        last: what the last call with images leaves for ``vico_report``.
+        saved: what ``unpatch_internvl`` puts back.
+    """
+
+    def __init__(self, mlp2: nn.Sequential, router: VisualResolutionRouter, policy: RoutingPolicy, config: Any) -> None:
+        super().__init__()
+        self.mlp2 = mlp2
+        self.router = router.requires_grad_(False)
+        self.last: LastCall | None = None
+        self.saved: dict[str, Any] = {}
+        self.config = config
+        self.policy = policy
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        """Which tiles are compressed."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: RoutingPolicy) -> None:
+        if not isinstance(policy, RoutingPolicy):
+            raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}")
+        self._policy = policy
+        name = type(policy).__name__
+        known: Any = asdict(policy) if type(policy) is _POLICIES.get(name) else {}  # type: ignore[call-overload]
+        full = tokens_per_tile(self.config)
+        self.config.vico = {
+            "policy": {"type": name, **known},
+            "tokens": [full, full // 4],
+            "vit_hidden": self.config.vision_config.hidden_size,
+            "llm_hidden": self.config.text_config.hidden_size,
+        }
+
+    def train(self, mode: bool = True) -> VicoParts:
+        """Training mode for all but the router: a decision must not depend on dropout."""
+        super().train(mode)
+        self.router.eval()
+        return self
+
+    @torch.no_grad()
+    def probabilities(self, vit_tokens: Tensor) -> Tensor:
+        """The router's ``[P]``, of vit_tokens ``[P, 1 + N, V]``."""
+        return self.router(vit_tokens.to(self.router.pooling_before_gating.query_token))
+
+    def connect(self, vit_tokens: Tensor, plan: RoutingPlan, projector: nn.Module) -> Tensor:
+        """The visual tokens ``[T, H]``, packed in tile order; only the chosen connector runs on a tile.
+
+        ``projector`` is called as the module it is, so that whatever was done to it (LoRA, quantisation, hooks) holds,
+        and on the same shape as ever where no tile is compressed, which makes its output the same bits.
+        """
+        whole, compressed = plan.order[: plan.full_tiles], plan.order[plan.full_tiles :]
+        # With gradients both run, perhaps on no tile: DistributedDataParallel expects a gradient of every parameter.
+        both = torch.is_grad_enabled()
+        parts = []
+        if both or plan.full_tiles:
+            parts.append(projector(VF.pixel_shuffle(vit_tokens, 2, tile_index=whole)))
+        if both or plan.compressed_tiles:
+            x = vit_tokens.to(next(self.mlp2.parameters()))
+            parts.append(self.mlp2(VF.pixel_shuffle(x, 4, tile_index=compressed)))
+        if len(parts) == 1:
+            return parts[0].flatten(0, 1)
+        return VF.pack_tokens(parts[0], parts[1].to(parts[0]), plan)
+
+
+def policy_of(config: Any) -> RoutingPolicy | None:
+    """The policy that a patched model's config was saved with; None for other configs."""
+    section = getattr(config, "vico", None)
+    if not isinstance(section, dict) or "policy" not in section:
+        return None
+    options = dict(section["policy"])
+    name = options.pop("type", None)
+    if name not in _POLICIES:
+        raise ValueError(
+            f"the model's config was saved with the routing policy {name}, which is none of {', '.join(_POLICIES)}: "
+            "pass policy="
+        )
+    return _POLICIES[name](**options)
+
+
+def tokens_per_tile(config: Any) -> int:
+    """Visual tokens of a tile that stays whole: a quarter of the ViT's patches."""
+    height, width = config.vision_config.image_size
+    rows, columns = config.vision_config.patch_size
+    return (height // rows) * (width // columns) // 4
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Inputs of the language model.
+
+    Attributes:
+        input_ids: ``[B, L']``.
+        inputs_embeds: ``[B, L', H]``, the visual tokens in their places.
+        attention_mask: ``[B, L']``, or None where none was given and none is needed.
+        position_ids: ``[B, L']``, or None where none were given.
+        visual_tokens: ``[T, H]``.
+        sequence: how the batch was compressed; None where no tile was, and the batch is as it came.
+    """
+
+    input_ids: Tensor
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    visual_tokens: Tensor
+    sequence: CompressedSequence | None
+
+    @property
+    def mask(self) -> Tensor:
+        """The attention mask, ones where there is none."""
+        return torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+
+    def take(self, values: Tensor, fill: int = 0) -> Tensor:
+        """Values ``[B, L]`` of the positions that stayed, ``fill`` at padding."""
+        return values if self.sequence is None else self.sequence.take(values, fill)
+
+
+def encode(
+    model: Any,
+    pixel_values: Tensor,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    padding_side: str | None = None,
+    pad_token_id: int = 0,
+) -> Encoded:
+    """Runs the visual side of a batch and takes out the placeholders that its compressed tiles do not need.
+
+    One host sync: the numbers that size the outputs. None where there is one row and the policy knows its count.
+
+    Args:
+        model: a patched InternVLForConditionalGeneration.
+        pixel_values: ``[P, 3, height, width]``, the tiles of all rows in order.
+        input_ids: ``[B, L]``, or None with ``inputs_embeds``.
+        inputs_embeds: ``[B, L, H]``, in which the embedding of the placeholder marks its places.
+        attention_mask: ``[B, L]``.
+        position_ids: ``[B, L]`` or ``[1, L]``.
+        padding_side: where shorter rows are padded; by default where the batch was.
+        pad_token_id: the id written there.
+
+    Raises:
+        ValueError: the tiles and the placeholders do not match, or an argument has another form.
+    """
+    inner = model.model
+    parts, placeholder = inner.vico, model.config.image_token_id
+    full = tokens_per_tile(model.config)
+    tokens = (full, full // 4)
+    if pixel_values.dim() != 4:
+        raise ValueError(
+            f"pixel_values must have shape [tiles, channels, height, width], got {list(pixel_values.shape)}"
+        )
+    if input_ids is None:
+        if inputs_embeds is None:
+            raise ValueError("pixel_values need input_ids or inputs_embeds beside them, got neither")
+        marker = model.get_input_embeddings()(torch.full((), placeholder, device=inputs_embeds.device))
+        # Any id but the placeholder's does for the rest, and -1 is never that.
+        input_ids = torch.where((inputs_embeds == marker).all(-1), placeholder, -1)
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of the prompt, {list(input_ids.shape)}, got "
+            f"{list(attention_mask.shape)}: routing shortens the prompt, and cannot shorten a mask of another form"
+        )
+    _check_placeholders(input_ids, attention_mask, pixel_values.shape[0], full, placeholder)
+
+    tower = inner.vision_tower
+    vit_tokens = tower(pixel_values=pixel_values.to(dtype=tower.dtype))[0]
+    p = parts.probabilities(vit_tokens)
+    images = tiles_per_image(input_ids, p.shape[0], full, placeholder)
+    compress = decide(p, parts.policy, images, tokens)
+    parts.last = LastCall(p, compress, images, tokens)
+    plan, length, left = _plan(compress, parts.policy, tokens, input_ids, attention_mask, placeholder)
+    visual_tokens = parts.connect(vit_tokens, plan, inner.multi_modal_projector)
+
+    sequence = None
+    if plan.compressed_tiles:
+        sequence = compress_sequence(
+            input_ids,
+            plan,
+            placeholder_id=placeholder,
+            attention_mask=attention_mask if len(input_ids) > 1 else None,
+            position_ids=position_ids,
+            padding_side=padding_side or ("left" if left else "right"),
+            pad_token_id=pad_token_id,
+            length=length,
+        )
+        input_ids, position_ids = sequence.input_ids, sequence.position_ids
+        if attention_mask is not None:
+            attention_mask = sequence.take(attention_mask)
+        elif len(input_ids) > 1:
+            attention_mask = sequence.attention_mask
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds.flatten(0, 1)[sequence.position.clamp_min(0)]
+    if inputs_embeds is None:
+        inputs_embeds = model.get_input_embeddings()(input_ids)
+    merged = _merge(inputs_embeds, visual_tokens.to(inputs_embeds.device), input_ids == placeholder)
+    return Encoded(input_ids, merged, attention_mask, position_ids, visual_tokens, sequence)
+
+
+def _check_placeholders(input_ids: Tensor, mask: Tensor | None, tiles: int, full: int, placeholder: int) -> None:
+    none = torch.zeros(tiles, dtype=torch.bool, device=input_ids.device)
+    try:
+        VF.keep_placeholders(
+            input_ids,
+            none,
+            placeholder_id=placeholder,
+            attention_mask=None if mask is None else mask != 0,
+            full_tokens=full,
+            compressed_tokens=full // 4,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"images and prompt do not match: pixel_values hold {tiles} tiles, each of which needs {full} consecutive "
+            f"placeholders (id {placeholder}). Pass ids and pixel values of one processor call, uncompressed; with "
+            f"past_key_values only the tiles of what is new. ({error})"
+        ) from error
+
+
+def tiles_per_image(input_ids: Tensor, tiles: int, full: int, placeholder: int) -> Tensor:
+    """Tiles of each image, a run of placeholders: ``[P]``, with zeros behind them where there are fewer images."""
+    visual = input_ids == placeholder
+    starts = visual & ~F.pad(visual[:, :-1], (1, 0))
+    image = torch.where(visual, starts.flatten().cumsum(0).view_as(visual) - 1, tiles).flatten()
+    counts = torch.zeros(tiles + 1, dtype=torch.int64, device=input_ids.device)
+    return counts.scatter_add_(0, image, torch.ones_like(image))[:tiles] // full
+
+
+def _plan(
+    compress: Tensor,
+    policy: RoutingPolicy,
+    tokens: tuple[int, int],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    placeholder: int,
+) -> tuple[RoutingPlan, int, bool]:
+    """The plan, the length L' of the rows, and whether the batch is padded on the left, with one host sync for all."""
+    full, compressed = tokens
+    rows, length = input_ids.shape
+    count = policy.compressed_tiles(compress.shape[0], tokens)
+    if rows == 1:
+        plan = RoutingPlan.from_compress(compress, tokens, compressed_tiles=count)
+        return plan, length - plan.compressed_tiles * (full - compressed), False
+    _, kept = VF.keep_placeholders(
+        input_ids,
+        compress,
+        placeholder_id=placeholder,
+        attention_mask=None if attention_mask is None else attention_mask != 0,
+        full_tokens=full,
+        compressed_tokens=compressed,
+    )
+    left = torch.zeros_like(kept[0]) if attention_mask is None else (attention_mask[:, 0] == 0).any()
+    count, length, is_left = torch.stack([compress.sum(), kept.max(), left]).tolist()
+    return RoutingPlan.from_compress(compress, tokens, compressed_tiles=count), length, bool(is_left)
+
+
+def _merge(inputs_embeds: Tensor, visual_tokens: Tensor, is_visual: Tensor) -> Tensor:
+    """inputs_embeds ``[B, L, H]`` with the rows where `is_visual` replaced by visual_tokens ``[T, H]``, in order."""
+    rows = is_visual.numel()
+    own = torch.arange(rows, device=is_visual.device)
+    is_visual = is_visual.flatten()
+    source = torch.where(is_visual, rows - 1 + is_visual.cumsum(0), own)
+    return VF.merge_tokens(inputs_embeds.flatten(0, 1), visual_tokens, source).view_as(inputs_embeds)
