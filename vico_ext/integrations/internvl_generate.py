@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico_ext.integrations.internvl_visual import Encoded, encode
+from vico_ext.integrations.internvl_visual import NO_ROWS_APART, Encoded, cache_of, encode
 
 __all__ = ["generate"]
 
@@ -60,9 +60,9 @@ class CompressedPrompt:
 
 @torch.no_grad()
 def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The patched ``model.generate``; see docs/transformers.md for what its arguments mean."""
+    """The patched ``model.generate``; see docs/internvl.md for what its arguments mean."""
     named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
-    cache = named.get("past_key_values")
+    cache = cache_of(named)
     earlier: CompressedPrompt | None = getattr(cache, "vico_prompt", None)
     pixel_values = named.pop("pixel_values", None)
     has_images = pixel_values is not None and len(pixel_values) > 0
@@ -106,11 +106,13 @@ def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     sequences = output if isinstance(output, Tensor) else output.sequences
     start = ids.repeat_interleave(sequences.shape[0] // rows, 0)
     whole = torch.cat([start.to(sequences), sequences[:, prompt.input_ids.shape[1] :]], 1)
-    for filled in (cache, getattr(output, "past_key_values", None)):
-        if filled is not None and hasattr(filled, "get_seq_length"):
-            filled.vico_prompt = prompt
+    if cache is not None:
+        cache.vico_prompt = prompt
     if isinstance(output, Tensor):
         return whole
+    returned = cache_of(output)
+    if returned is not None:
+        returned.vico_prompt = prompt
     output.sequences = whole
     return output
 
@@ -126,15 +128,11 @@ def _encode(
     pad: int,
 ) -> Encoded:
     """The prompt's embeddings; what an earlier call has cached stands before them in its compressed form."""
-    cache = named.get("past_key_values")
+    cache = cache_of(named)
     position_ids = named.pop("position_ids", None)
     if cache is not None and cache.get_seq_length() > 0:
         if len(mask) > 1:
-            raise ValueError(
-                "new images with a filled past_key_values work for one row only: compression gives rows different "
-                "lengths, and padding cannot go between what is cached and what is new. Call generate for each row, or "
-                "without past_key_values"
-            )
+            raise ValueError(NO_ROWS_APART.format("Call generate for each row, or without a cache"))
         if position_ids is not None:
             raise ValueError(
                 "position_ids with new images and a filled past_key_values are not supported: leave them out"
@@ -155,6 +153,7 @@ def _encode(
         torch.cat([earlier.attention_mask, new.mask.to(earlier.attention_mask)], 1),
         None,
         new.visual_tokens,
+        new.vit_tokens,
         None,
     )
 
