@@ -24,6 +24,7 @@ from vico_ext.integrations.internvl_visual import (
     Encoded,
     VicoParts,
     cache_of,
+    check_policy,
     encode,
     policy_of,
 )
@@ -68,6 +69,7 @@ def patch_internvl(
     inner, config = model.model, model.config
     if policy is None:
         policy = policy_of(config) or ThresholdPolicy(0.5)
+    check_policy(policy)
     vit, llm = config.vision_config.hidden_size, config.text_config.hidden_size
     mlp1: Mapping[str, Tensor] = {}
     if flash is None:
@@ -81,8 +83,9 @@ def patch_internvl(
             )
         connector, router, mlp1 = weights.connector_module(), weights.router_module(), weights.connector
     saved_config = config.__dict__.get("vico")
+    replaced = _replace_projector(inner.multi_modal_projector, mlp1)  # may refuse, and nothing else may from here on
     parts = VicoParts(connector.mlp2, router, policy, config)
-    parts.saved = {"config": saved_config, "projector": _replace_projector(inner.multi_modal_projector, mlp1)}
+    parts.saved = {"config": saved_config, "projector": replaced}
     inner.vico = parts.to(inner.multi_modal_projector.layer_norm.weight).train(model.training)
     model.forward = _Replacement(model, "forward", _forward)
     model.generate = _Replacement(model, "generate", generate)

@@ -6,6 +6,7 @@ B rows, L positions of the user's prompt, L' of the compressed one.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,11 @@ def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
         if prompt is not None:
             prompt = CompressedPrompt(prompt.original, encoded.input_ids, encoded.mask)
         named |= {"inputs_embeds": encoded.inputs_embeds, "attention_mask": encoded.mask}
+        past = 0 if cache is None else cache.get_seq_length()
+        if past and "cache_position" in inspect.signature(model.forward).parameters:
+            # These versions of transformers take embeddings for new positions only where they are told so.
+            named["inputs_embeds"] = encoded.inputs_embeds[:, past:]
+            named["cache_position"] = torch.arange(past, encoded.inputs_embeds.shape[1], device=mask.device)
         if encoded.position_ids is not None:
             named["position_ids"] = encoded.position_ids
     else:

@@ -26,7 +26,7 @@ from vico_ext.routing import (
 )
 from vico_ext.tokens import CompressedSequence, compress_sequence
 
-__all__ = ["NO_ROWS_APART", "Encoded", "VicoParts", "cache_of", "encode", "policy_of"]
+__all__ = ["NO_ROWS_APART", "Encoded", "VicoParts", "cache_of", "check_policy", "encode", "policy_of"]
 
 NO_ROWS_APART = (
     "new images with a filled cache (past_key_values) work for one row only: compression gives rows different lengths, "
@@ -66,8 +66,7 @@ class VicoParts(nn.Module):
 
     @policy.setter
     def policy(self, policy: RoutingPolicy) -> None:
-        if not isinstance(policy, RoutingPolicy):
-            raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}")
+        check_policy(policy)
         self._policy = policy
         name = type(policy).__name__
         known: Any = asdict(policy) if type(policy) is _POLICIES.get(name) else {}  # type: ignore[call-overload]
@@ -131,6 +130,12 @@ def cache_of(holder: dict[str, Any]) -> Any:
     """The key-value cache among keyword arguments or in a model's output, by either of its names in transformers."""
     cache = dict.get(holder, "cache")  # unbound: outputs that answer to both names warn when asked by the old one
     return dict.get(holder, "past_key_values") if cache is None else cache
+
+
+def check_policy(policy: Any) -> None:
+    """Raises a TypeError for what is no policy."""
+    if not isinstance(policy, RoutingPolicy):
+        raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}")
 
 
 def policy_of(config: Any) -> RoutingPolicy | None:
