@@ -217,6 +217,20 @@ def test_several_turns_with_one_cache(own_cache):
         turn(model, third[:, 1:], None, cache)
 
 
+def test_a_cache_that_the_model_itself_filled():
+    model = vico_ext.patch_internvl(tiny_model(), tiny_flash(), ALL)
+    model.generation_config.eos_token_id = None
+    given = inputs((2,))
+    filled = model(**given, use_cache=True).past_key_values
+    longer = torch.cat([given["input_ids"], torch.tensor([row(seed=8)])], 1)
+    same(turn(model, longer, None, filled), turn(model, longer, given["pixel_values"], None))
+    filled = model(**given, use_cache=True).past_key_values
+    again = {k: v for k, v in given.items() if k != "attention_mask"}
+    filled = model(**again, past_key_values=filled).past_key_values
+    with pytest.raises(ValueError, match="by several calls of the model itself"):
+        turn(model, longer, None, filled)
+
+
 def test_images_after_a_turn_without():
     model = vico_ext.patch_internvl(tiny_model(), tiny_flash(), ALL)
     model.generation_config.eos_token_id = None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vico_ext.checkpoint import FlashWeights, load_flash
-from vico_ext.integrations.internvl_generate import generate
+from vico_ext.integrations.internvl_generate import UNKNOWN_PROMPT, CompressedPrompt, generate
 from vico_ext.integrations.internvl_visual import (
     NO_ROWS_APART,
     Encoded,
@@ -273,6 +273,7 @@ def _forward(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
                 raise ValueError(f"{name} counts positions of the sequence before compression: leave it out")
             if isinstance(value, Tensor) and value.shape == shape:
                 named[name] = encoded.take(value, -100 if name.endswith("labels") else 0)
+    empty = cache is None or cache.get_seq_length() == 0
     as_tuple = not _wants_dict(model, named)
     output = original(
         inputs_embeds=encoded.inputs_embeds,
@@ -284,6 +285,10 @@ def _forward(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     if not dataclasses.is_dataclass(output):  # a wrapper around the model's own forward made something else of it
         return output
     _set_image_output(output, encoded)
+    filled = cache_of(output)  # type: ignore[arg-type]
+    if filled is not None and encoded.sequence is not None:
+        known = empty and input_ids is not None
+        filled.vico_prompt = CompressedPrompt(input_ids, encoded.input_ids, encoded.mask) if known else UNKNOWN_PROMPT
     return output.to_tuple() if as_tuple else output  # type: ignore[attr-defined]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vico_ext.integrations.internvl_visual import NO_ROWS_APART, Encoded, cache_of, encode
 
-__all__ = ["generate"]
+__all__ = ["UNKNOWN_PROMPT", "CompressedPrompt", "generate"]
 
 # Parameters of transformers' generate, in the order in which it takes them positionally.
 _POSITIONAL = (
@@ -59,12 +59,22 @@ class CompressedPrompt:
     attention_mask: Tensor
 
 
+# In place of a CompressedPrompt where nobody knows what the cache's positions stand for.
+UNKNOWN_PROMPT: Any = "unknown"
+
+
 @torch.no_grad()
 def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The patched ``model.generate``; see docs/internvl.md for what its arguments mean."""
     named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
     cache = cache_of(named)
     earlier: CompressedPrompt | None = getattr(cache, "vico_prompt", None)
+    if isinstance(earlier, str):  # UNKNOWN_PROMPT, perhaps a copy of it
+        raise ValueError(
+            "this cache (past_key_values) was filled from compressed prompts by several calls of the model itself, so "
+            "that generate cannot tell which of the prompt's ids it holds: go on calling the model, or pass the whole "
+            "conversation without a cache"
+        )
     pixel_values = named.pop("pixel_values", None)
     has_images = pixel_values is not None and len(pixel_values) > 0
     if not has_images and earlier is None:
@@ -168,7 +178,7 @@ def _continued(prompt: CompressedPrompt | None, earlier: CompressedPrompt | None
     """A prompt that goes on from a cached one, without new images."""
     if prompt is None or earlier is None:
         raise ValueError(
-            "this past_key_values was filled from a compressed prompt: pass the whole conversation's input_ids"
+            "this cache (past_key_values) was filled from a compressed prompt: pass the whole conversation's input_ids"
         )
     known = _known_length(prompt.original, earlier)
     return CompressedPrompt(
@@ -182,9 +192,9 @@ def _known_length(ids: Tensor, earlier: CompressedPrompt) -> int:
     known = earlier.original.shape[1]
     if ids.shape[0] != earlier.original.shape[0] or not torch.equal(ids[:, :known], earlier.original):
         raise ValueError(
-            f"input_ids must begin with the {known} ids of the call that filled past_key_values "
+            f"input_ids must begin with the {known} ids of the call that filled the cache (past_key_values) "
             f"({len(earlier.original)} rows), got {list(ids.shape)} that do not: its positions are those of a "
-            "compressed prompt. Pass the whole conversation, or no past_key_values"
+            "compressed prompt. Pass the whole conversation, or no cache"
         )
     return known
 
