@@ -4,6 +4,7 @@
 from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, or says why it cannot)
 from vico_ext import functional, reference
 from vico_ext.checkpoint import FlashCheckpointError, FlashWeights, load_flash, save_flash
+from vico_ext.integrations import load_internvl, patch_internvl, unpatch_internvl
 from vico_ext.modules import FusedConnector, VisualResolutionRouter
 from vico_ext.routing import (
     BudgetPolicy,
@@ -32,9 +33,12 @@ __all__ = [
     "compress_sequence",
     "functional",
     "load_flash",
+    "load_internvl",
     "merge_visual_tokens",
+    "patch_internvl",
     "plan_routing",
     "reference",
     "save_flash",
+    "unpatch_internvl",
 ]
 __version__ = "0.1.0"

@@ -27,6 +27,7 @@ __all__ = [
     "RoutingPlan",
     "RoutingPolicy",
     "ThresholdPolicy",
+    "decide",
     "plan_routing",
 ]
 
@@ -274,6 +275,12 @@ class BudgetPolicy(RoutingPolicy):
         return functional.budget_route(p, self.compressed_tiles(p.shape[0], tokens))
 
 
+def _check_policy(policy: Any) -> None:
+    if not isinstance(policy, RoutingPolicy):
+        hint = " (an instance is wanted, not the class)" if isinstance(policy, type) else ""
+        raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}{hint}")
+
+
 def _checked_images(tiles_per_image: Sequence[int] | Tensor, tiles: int) -> Tensor:
     """tiles_per_image [images] int64, checked; but its values only where reading them does not wait for a device."""
     if isinstance(tiles_per_image, Tensor):
@@ -330,19 +337,33 @@ def plan_routing(
             positive numbers, the larger first, the policy's mask is not [P] bool, or its budget cannot be met.
         RuntimeError: a probability is NaN or outside [0, 1]; the message names the first such tile.
     """
-    if not isinstance(policy, RoutingPolicy):
-        hint = " (an instance is wanted, not the class)" if isinstance(policy, type) else ""
-        raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}{hint}")
+    _check_policy(policy)
     if not isinstance(p, Tensor):
         raise TypeError(f"p must be a tensor of shape [tiles], got {type(p).__name__}")
-    if p.dim() != 1 or not p.is_floating_point():
-        raise ValueError(f"p must be a floating tensor of shape [tiles], got {p.dtype} of shape {list(p.shape)}")
     tokens = _checked_tokens(tokens)
-    tiles = p.shape[0]
+    tiles = p.shape[0] if p.dim() else 0
     images = None if tiles_per_image is None else _checked_images(tiles_per_image, tiles)
     images = _to_device(images, p.device) if images is not None and policy.uses_images else None
-    compress = policy.compress(functional.checked_probabilities(p), images, tokens)
+    compress = decide(p, policy, images, tokens)
+    return RoutingPlan.from_compress(compress, tokens, compressed_tiles=policy.compressed_tiles(tiles, tokens))
+
+
+def decide(p: Tensor, policy: RoutingPolicy, tiles_per_image: Tensor | None, tokens: tuple[int, int]) -> Tensor:
+    """The policy's decision ``[P]`` bool, checked; unlike :func:`plan_routing` without any host sync.
+
+    Args:
+        p: ``[P]``, any floating dtype.
+        policy: the rule.
+        tiles_per_image: ``[images]`` int64 with sum P on the device of ``p``, images without tiles among them or not.
+        tokens: visual tokens of a whole and of a compressed tile.
+    """
+    _check_policy(policy)
+    if p.dim() != 1 or not p.is_floating_point():
+        raise ValueError(f"p must be a floating tensor of shape [tiles], got {p.dtype} of shape {list(p.shape)}")
+    compress = policy.compress(functional.checked_probabilities(p), tiles_per_image, tokens)
     if not isinstance(compress, Tensor) or compress.dtype != torch.bool or compress.shape != p.shape:
         got = f"{compress.dtype} of shape {list(compress.shape)}" if isinstance(compress, Tensor) else repr(compress)
-        raise ValueError(f"{type(policy).__name__}.compress must return a bool tensor of shape [{tiles}], got {got}")
-    return RoutingPlan.from_compress(compress, tokens, compressed_tiles=policy.compressed_tiles(tiles, tokens))
+        raise ValueError(
+            f"{type(policy).__name__}.compress must return a bool tensor of shape [{p.shape[0]}], got {got}"
+        )
+    return compress

@@ -43,6 +43,18 @@ class CompressedSequence:
     position_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
 
+    def take(self, values: Tensor, fill: int = 0) -> Tensor:
+        """Of one value per position of the input, those of the positions that stayed.
+
+        Args:
+            values: ``[B, L]``.
+            fill: the value at padding.
+
+        Returns:
+            ``[B, L']``, dtype of ``values``.
+        """
+        return _take(values, self.position, fill)
+
     def merge(self, inputs_embeds: Tensor, visual_tokens: Tensor) -> Tensor:
         """Rows of `inputs_embeds` [B, L, H] that stayed, `visual_tokens` [T, H] at the placeholders, zeros at padding.
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFiles", "FlashCheckpointError"]
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFiles", "FlashCheckpointError", "StateDictFiles"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -83,6 +84,11 @@ class CheckpointFiles:
         """Names of all tensors, in the files' order."""
         return list(self._where)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted(set(self._where.values()))
+
     def config(self) -> dict[str, Any]:
         """``config.json`` beside the tensors; empty where there is none."""
         path = self.folder / CONFIG_NAME
@@ -102,6 +108,21 @@ class CheckpointFiles:
             return self._file_of(name).get_tensor(name).clone()
         except _READ_ERRORS as error:
             raise self._damaged(self._where[name], error) from error
+
+    def part(self, name: str, part: int, parts: int) -> Tensor:
+        """The `part`-th of `parts` equal parts of a tensor along dimension 0, in memory of its own."""
+        if parts == 1:
+            return self.tensor(name)
+        try:
+            whole = self._file_of(name).get_slice(name)
+            rows = whole.get_shape()[0] // parts
+            return whole[part * rows : (part + 1) * rows].clone()
+        except _READ_ERRORS as error:
+            raise self._damaged(self._where[name], error) from error
+
+    def close(self) -> None:
+        """Lets go of the files, and of what of them is mapped into memory; they open again when read."""
+        self._open.clear()
 
     def _locate(self) -> dict[str, Path]:
         path = self.path
@@ -165,6 +186,34 @@ class CheckpointFiles:
         return FlashCheckpointError(
             path, f"not a readable safetensors file ({error}): truncated or damaged, fetch it again"
         )
+
+
+class StateDictFiles:
+    """A state dict in memory, read like :class:`CheckpointFiles`."""
+
+    _CODES: ClassVar = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.path = Path("state dict")
+        self._tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._tensors)
+
+    def config(self) -> dict[str, Any]:
+        """Empty: a state dict has no configuration."""
+        return {}
+
+    def describe(self, name: str) -> tuple[list[int], str]:
+        """Shape and dtype code of a tensor."""
+        t = self._tensors[name]
+        return list(t.shape), self._CODES.get(t.dtype, str(t.dtype))
+
+    def tensor(self, name: str) -> Tensor:
+        """A copy of the tensor."""
+        return self._tensors[name].detach().clone()
 
 
 def _listed(paths: Sequence[Path], most: int = 4) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vico_ext.checkpoint.files import CheckpointFiles, FlashCheckpointError
+from vico_ext.checkpoint.files import CheckpointFiles, FlashCheckpointError, StateDictFiles
 from vico_ext.checkpoint.keys import CONNECTOR, ROUTER, Key, is_flash_only, root_name
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _filled(module: Any, weights: Mapping[str, Tensor], dtype: torch.dtype | Non
     return module.eval()
 
 
-def load_flash(path: str | Path, *, prefix: str | None = None) -> FlashWeights:
+def load_flash(path: str | Path | Mapping[str, Tensor], *, prefix: str | None = None) -> FlashWeights:
     """Reads the connector and the router of an InternVL Flash checkpoint, and none of its other tensors.
 
     Takes the released custom-code names and the HF-native ones (:mod:`vico_ext.checkpoint.keys`), mixed too, behind any
@@ -95,14 +95,15 @@ def load_flash(path: str | Path, *, prefix: str | None = None) -> FlashWeights:
 
     Args:
         path: folder with ``model.safetensors``, with ``model.safetensors.index.json`` and its shards, or with one
-            ``.safetensors`` file; or that file. ``config.json`` beside it is read where it exists.
+            ``.safetensors`` file; or that file. ``config.json`` beside it is read where it exists. Or a state dict.
         prefix: take only tensors whose names start so; needed where a file holds two models, say policy and reference.
 
     Raises:
         FlashCheckpointError: lists every missing tensor and every wrong shape or dtype with what was expected; or says
             that this is no Flash checkpoint, that a file is missing or damaged, or that the weights are pickled.
     """
-    files = CheckpointFiles(path)
+    files = StateDictFiles(path) if isinstance(path, Mapping) else CheckpointFiles(path)
+    path = files.path
     config = files.config()
     names = _rooted_names(files, prefix)
     problems = [
@@ -130,7 +131,7 @@ def load_flash(path: str | Path, *, prefix: str | None = None) -> FlashWeights:
     )
 
 
-def _rooted_names(files: CheckpointFiles, prefix: str | None) -> dict[str, list[str]]:
+def _rooted_names(files: CheckpointFiles | StateDictFiles, prefix: str | None) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for full in files.names:
         root = root_name(full)
@@ -162,7 +163,7 @@ def _configured_widths(config: Mapping[str, Any]) -> dict[str, int]:
 class _Loader:
     """Checks and reads tensors, collecting what is wrong instead of stopping at the first."""
 
-    def __init__(self, files: CheckpointFiles, names: Mapping[str, str]) -> None:
+    def __init__(self, files: CheckpointFiles | StateDictFiles, names: Mapping[str, str]) -> None:
         self.files = files
         self.names = names
         self.problems: list[str] = []
