@@ -4,7 +4,7 @@
 from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, or says why it cannot)
 from vico_ext import functional, reference
 from vico_ext.checkpoint import FlashCheckpointError, FlashWeights, load_flash, save_flash
-from vico_ext.modules import FusedConnector, VisualResolutionRouter
+from vico_ext.modules import ConsistencyLoss, FusedConnector, VisualResolutionRouter
 from vico_ext.routing import (
     BudgetPolicy,
     PerImagePolicy,
@@ -20,6 +20,7 @@ from vico_ext.tokens import CompressedSequence, compress_sequence, merge_visual_
 __all__ = [
     "BudgetPolicy",
     "CompressedSequence",
+    "ConsistencyLoss",
     "FlashCheckpointError",
     "FlashWeights",
     "FusedConnector",
