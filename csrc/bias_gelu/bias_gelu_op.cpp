@@ -1,6 +1,4 @@
-// The door of bias_gelu: checks, allocation, threads.
-#include <torch/csrc/stable/library.h>
-
+// The door of bias_gelu: checks, allocation, threads or launch.
 #include <cmath>
 
 #include "bias_gelu/bias_gelu.h"
@@ -13,23 +11,29 @@ namespace {
 constexpr int64_t kElementCost = 4;
 
 Dtype checked_dtype(const Tensor& x, const std::optional<Tensor>& bias, const char* op) {
-  check_cpu(x, "x", op);
+  check_kernels(x, op);
   const Dtype dtype = float_dtype(x, "x", op);
   VICO_CHECK(x.dim() >= 1, op, "x must have shape [..., features], got []");
-  if (bias) check_parameter(*bias, dtype, x.size(x.dim() - 1), "bias", "[features]", op);
+  if (bias) check_parameter(*bias, x, x.size(x.dim() - 1), "bias", "x", "[features]", op);
   return dtype;
 }
 
-DropoutMask dropout_mask(const std::optional<Tensor>& seed, double dropout, const char* op) {
+// A seed on the CPU is read here and now; one beside x on the GPU is left for the kernel to read.
+DropoutMask dropout_mask(const Tensor& x, const std::optional<Tensor>& seed, double dropout, const char* op) {
   VICO_CHECK(dropout >= 0 && dropout <= 1, op, "dropout must lie in [0, 1], got ", dropout);
   DropoutMask mask;
   if (dropout == 0) return mask;
   VICO_CHECK(seed.has_value(), op, "dropout ", dropout, " needs a seed: a tensor [1] of int64");
-  check_cpu(*seed, "seed", op);
+  if (!seed->is_cpu()) check_device(*seed, x, "seed", "x", op);
   check_dtype(*seed, ScalarType::Long, "seed", "int64", op);
   check_shape(*seed, {1}, "seed", "[1]", op);
   mask.active = true;
-  mask.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  const int64_t* value = seed->const_data_ptr<int64_t>();
+  if (on_cuda(*seed)) {
+    mask.seed_on_device = value;
+  } else {
+    mask.seed = static_cast<uint64_t>(*value);
+  }
   mask.keep_below = static_cast<uint32_t>(std::min(std::round((1 - dropout) * 4294967296.0), 4294967295.0));
   mask.scale = dropout < 1 ? 1 / (1 - dropout) : 0;
   return mask;
@@ -39,14 +43,20 @@ void run_forward(const Tensor& x, const std::optional<Tensor>& bias_in, const st
                  double dropout, Tensor& out, const char* op) {
   BiasGeluParams p;
   p.dtype = checked_dtype(x, bias_in, op);
-  p.mask = dropout_mask(seed, dropout, op);
+  p.mask = dropout_mask(x, seed, dropout, op);
   if (x.numel() == 0) return;
   const std::optional<Tensor> bias = as_accumulate(bias_in, p.dtype);
   p.columns = x.size(x.dim() - 1);
+  p.elements = x.numel();
   p.x = x.const_data_ptr();
   p.bias = data_or_null(bias);
   p.out = out.mutable_data_ptr();
-  parallel_rows(x.numel(), kElementCost, [&](int64_t begin, int64_t end) { VICO_CPU_CALL(bias_gelu, p, begin, end); });
+  if (on_cuda(x)) {
+    VICO_CUDA_CALL(bias_gelu, p, x);
+  } else {
+    parallel_rows(p.elements, kElementCost,
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(bias_gelu, p, begin, end); });
+  }
 }
 
 Tensor bias_gelu_op(const Tensor& x_in, const std::optional<Tensor>& bias, const std::optional<Tensor>& seed,
@@ -71,11 +81,11 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_op(const Tensor& grad_out_in, cons
   constexpr const char* kOp = "bias_gelu_backward";
   BiasGeluBackwardParams p;
   p.dtype = checked_dtype(x_in, bias_in, kOp);
-  check_cpu(grad_out_in, "grad_out", kOp);
+  check_device(grad_out_in, x_in, "grad_out", "x", kOp);
   check_same_dtype(grad_out_in, x_in, "grad_out", "x", kOp);
   VICO_CHECK(shape_string(grad_out_in) == shape_string(x_in), kOp, "grad_out must have the shape of x, ",
              shape_string(x_in), ", got ", shape_string(grad_out_in));
-  p.mask = dropout_mask(seed, dropout, kOp);
+  p.mask = dropout_mask(x_in, seed, dropout, kOp);
   const Tensor grad_out = to_contiguous(grad_out_in), x = to_contiguous(x_in);
   const std::optional<Tensor> bias = as_accumulate(bias_in, p.dtype);
   Tensor grad_x = torch::stable::empty_like(x);
@@ -83,15 +93,21 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_op(const Tensor& grad_out_in, cons
   p.elements = x.numel();
   // Without a bias rows mean nothing: any length will do that splits the elements well.
   p.columns = bias ? x.size(x.dim() - 1) : 512;
-  const int64_t chunks = p.elements ? chunk_count((p.elements + p.columns - 1) / p.columns) : 0;
+  const int64_t rows = (p.elements + p.columns - 1) / std::max<int64_t>(1, p.columns);
+  if (on_cuda(x)) p.chunk_rows = cuda_chunk_rows(rows, p.columns, p.dtype);
+  const int64_t chunks = chunk_count(rows, p.chunk_rows);
   Tensor partials = make_partials(x, p.dtype, bias ? chunks : 0, p.columns);
   p.grad_out = grad_out.const_data_ptr();
   p.x = x.const_data_ptr();
   p.bias = data_or_null(bias);
   p.grad_x = grad_x.mutable_data_ptr();
   p.partials = bias ? partials.mutable_data_ptr() : nullptr;
-  parallel_rows(chunks, kChunkRows * p.columns * kElementCost,
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(bias_gelu_backward, p, begin, end); });
+  if (on_cuda(x)) {
+    VICO_CUDA_CALL(bias_gelu_backward, p, x);
+  } else {
+    parallel_rows(chunks, kChunkRows * p.columns * kElementCost,
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(bias_gelu_backward, p, begin, end); });
+  }
   if (bias) combine_partials(partials, 0, grad_bias);
   return {grad_x, grad_bias};
 }
@@ -99,7 +115,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_op(const Tensor& grad_out_in, cons
 }  // namespace
 }  // namespace vico
 
-STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+VICO_DOORS(m) {
   m.impl("bias_gelu", TORCH_BOX(&vico::bias_gelu_op));
   m.impl("bias_gelu_", TORCH_BOX(&vico::bias_gelu_inplace_op));
   m.impl("bias_gelu_backward", TORCH_BOX(&vico::bias_gelu_backward_op));

@@ -6,7 +6,11 @@
 
 // NOTE: always_inline because <op>_cpu.cpp files are compiled once per instruction set: an ordinary inline function
 // would be linked once for all of them, perhaps in the version with instructions this machine lacks.
+#ifdef __CUDACC__
+#define VICO_INLINE __host__ __device__ __forceinline__
+#else
 #define VICO_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace vico {
 
@@ -89,9 +93,9 @@ VICO_INLINE Half from_float<Half>(float x) {
 }
 VICO_INLINE float to_float(float x) { return x; }
 
-// Calls fn(T{}) with the element type of dtype.
+// Calls fn(T{}) with the element type of dtype. Host code only: nvcc would take `fn` for a device function otherwise.
 template <class Fn>
-VICO_INLINE void dispatch(Dtype dtype, Fn&& fn) {
+inline __attribute__((always_inline)) void dispatch(Dtype dtype, Fn&& fn) {
   switch (dtype) {
     case Dtype::kFloat:
       return fn(float{});
@@ -103,6 +107,8 @@ VICO_INLINE void dispatch(Dtype dtype, Fn&& fn) {
       return fn(Half{});
   }
 }
+
+VICO_INLINE bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 VICO_INLINE int64_t element_size(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
 

@@ -1,0 +1,13 @@
+#!/bin/sh
+# The CUDA kernels on the CPU: plain, sanitized and race-checked builds, the harness's own tests, and nvcc if it is there.
+#   .ci/cuda_on_host.sh BIN    BIN: the folder of the environment's programs
+set -eu
+start=$(date +%s)
+for mode in plain asan race; do
+  sh csrc/cuda_on_host/build.sh "$mode" self_test_memory self_test_async test_pixel_shuffle test_normalized_shuffle
+  echo "  built $mode: $(($(date +%s) - start)) s"
+done
+"$1/pytest" -q --durations=5 python_tests/test_cuda_on_host.py
+total=$(($(date +%s) - start))
+echo "  cuda_on_host: $total s of 720"
+[ "$total" -le 720 ] || { echo "over its budget of 12 minutes"; exit 1; }
