@@ -72,8 +72,8 @@ def test_any_problem_and_its_gradients(problem):
     dtype, reduction = policy[0].dtype, problem["through"]
     w = torch.ones(len(policy[0])) if weights is None else weights
     upstream = torch.randn(len(w), dtype=torch.float64)
-    chosen = implementation._CHUNK_WORDS
-    implementation._CHUNK_WORDS = problem["chunk"]
+    chosen = implementation._CHUNK_WORDS["cpu"]
+    implementation._CHUNK_WORDS["cpu"] = problem["chunk"]
     try:
         got = _loss(
             policy,
@@ -91,7 +91,7 @@ def test_any_problem_and_its_gradients(problem):
         leaves = [t for t in policy if t is not None]
         grads = torch.autograd.grad(scalar, leaves)
     finally:
-        implementation._CHUNK_WORDS = chosen
+        implementation._CHUNK_WORDS["cpu"] = chosen
 
     loss, lse, ref_lse = _expected(policy, ref, problem["kind"], problem["temperature"], torch.float64)
     w = w.double()
@@ -207,7 +207,7 @@ def test_a_model_agrees_with_itself(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_impossible_in_both_models_count_for_nothing(kind, monkeypatch):
-    monkeypatch.setattr(implementation, "_CHUNK_WORDS", 8)
+    monkeypatch.setitem(implementation._CHUNK_WORDS, "cpu", 8)
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = _models(3, 40)
     with torch.no_grad():
         for b in (bias, ref_bias):
@@ -359,8 +359,9 @@ def test_memory_is_that_of_one_block():
     eager = _peak(lambda: torch.autograd.grad(_expected(frozen, ref)[0].mean(), policy[0]))
     assert ours < eager / 10
     # By default: the README's size, and the largest heads there are.
-    for words in (151_936, 262_144):
-        assert implementation._block_size(4096, words, 4, 0) * words * 2 * 4 <= implementation._WORKSPACE
+    for device, workspace in implementation._WORKSPACE.items():
+        for words in (151_936, 262_144):
+            assert implementation._block_size(4096, words, 4, 0, device) * words * 2 * 4 <= workspace
 
 
 def test_no_second_derivative():

@@ -34,9 +34,6 @@ VICO_INLINE V times(V weight, V x) {
   return weight == V{} ? V{} : weight * x;
 }
 
-// What exp(z) is taken relative to: the maximum, unless there is none.
-VICO_INLINE double base_of(double max) { return max == -kInfinity<double> ? 0 : max; }
-
 // logits -> z = (logits + bias) / temperature, in place unless nothing changes; the largest z.
 template <class A>
 VICO_INLINE double scale_row(A* row, const A* bias, double temperature, int64_t n) {
@@ -54,15 +51,6 @@ VICO_INLINE double scale_row(A* row, const A* bias, double temperature, int64_t 
     top = max(top, z);
   }
   return largest(top);
-}
-
-// Moves sums that are relative to `max` to a larger maximum.
-VICO_INLINE void raise_max(double& max, double chunk_max, double& sum, double& cross) {
-  if (!(chunk_max > max)) return;
-  const double factor = std::exp(max - chunk_max);  // of the first chunk: exp(-inf) = 0
-  sum *= factor;
-  cross *= factor;
-  max = chunk_max;
 }
 
 template <class A, Divergence kKind>

@@ -59,8 +59,8 @@ def consistency_loss(
 
     There is no factor temperature^2. Equivalent to :func:`vico_ext.reference.consistency_loss`, whose beta is 0, 1 and
     ``beta`` for the three. Tokens are taken in blocks and the vocabulary in chunks, with running log-sum-exps: memory
-    holds the logits of one block, at most 256 MiB for both models together (or of ``block_tokens`` tokens), however
-    many tokens there are. Logits, sums and gradients are computed in float32 from 16-bit inputs.
+    holds the logits of one block, at most 256 MiB for both models together, 1 GiB on a GPU (or of ``block_tokens``
+    tokens), however many tokens there are. Logits, sums and gradients are computed in float32 from 16-bit inputs.
 
     Gradients go to ``hidden``, ``weight`` and ``bias``. All that are wanted are computed in the forward pass, beside
     the loss, and backward scales them. Only where a gradient for the head arrives through ``token_loss`` (or reduction
@@ -77,8 +77,9 @@ def consistency_loss(
         ref_bias: likewise for the reference; no gradient.
         labels: ``[...]``, the token that each position predicts (already shifted); positions with ``ignore_index`` are
             ignored. Values besides that do not matter.
-        mask: ``[...]`` bool, False for ignored positions. An ignored position costs nothing and its hidden states, NaN
-            included, change nothing.
+        mask: ``[...]`` bool, False for ignored positions. The hidden states of an ignored position, NaN included,
+            change nothing. On the CPU it also costs nothing; on a GPU it is computed like the others, because only a
+            wait for the device could tell which they are: select the positions that count beforehand if many do not.
         token_weights: ``[...]``, factor of each token's loss; 0 is the same as ignored. No gradient.
         ignore_index: the label of ignored positions.
         temperature: positive; divides the logits of both models.

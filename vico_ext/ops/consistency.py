@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 _FIELDS = 6  # of a token's running state: ConsistencyRow in csrc/consistency/consistency.h
-_CHUNK_WORDS = 8192  # a block's logits of a chunk stay in cache, and there are few chunks to wait for
-_WORKSPACE = 256 << 20  # bytes for a block's logits
+# Words in a chunk. On the CPU a block's logits of a chunk stay in cache, and threads have few chunks to wait for.
+_CHUNK_WORDS = {"cpu": 8192, "cuda": 32768}
+# Bytes for a block's logits. A GPU needs more tokens in a block before reading the heads is not what it waits for.
+_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}
 _MOST_BLOCK_TOKENS = 1024
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -31,11 +33,32 @@ def _accumulate(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _block_size(tokens: int, words: int, itemsize: int, wanted: int) -> int:
+def _block_size(tokens: int, words: int, itemsize: int, wanted: int, device: str = "cpu") -> int:
     """Tokens per block: as asked, or as many as the workspace holds; blocks are of about one size."""
-    most = wanted or max(16, min(_MOST_BLOCK_TOKENS, _WORKSPACE // max(1, 2 * words * itemsize)))
+    most = wanted or max(16, min(_MOST_BLOCK_TOKENS, _WORKSPACE[device] // max(1, 2 * words * itemsize)))
     blocks = -(-tokens // most)
     return -(-tokens // max(1, blocks))
+
+
+def _operand(t: Tensor) -> Tensor:
+    """The tensor as matrix products take it: on the CPU 16-bit operands would give 16-bit logits."""
+    return t.to(_accumulate(t)) if t.device.type == "cpu" else t
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b; 16-bit operands, on a GPU, have float32 products."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, with a rounded to the type of b."""
+    if b.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
 
 
 class _Chunk(NamedTuple):
@@ -52,16 +75,16 @@ class _Chunk(NamedTuple):
 def _chunks(
     weight: Tensor, bias: Tensor | None, ref_weight: Tensor, ref_bias: Tensor | None, block: int, dtype: torch.dtype
 ) -> list[_Chunk]:
-    def split(t: Tensor | None) -> tuple[Tensor, ...] | list[None]:
-        return [None] * count if t is None else t.to(dtype).split(_CHUNK_WORDS)
+    size = _CHUNK_WORDS[weight.device.type]
 
-    weights = weight.split(_CHUNK_WORDS)
+    def split(t: Tensor | None) -> tuple[Tensor, ...] | list[None]:
+        return [None] * count if t is None else t.to(dtype).split(size)
+
+    weights = weight.split(size)
     count = len(weights)
     return [
         _Chunk(w, ref_w, b, ref_b, *(w.new_empty(block, len(w), dtype=dtype) for _ in range(2)))
-        for w, ref_w, b, ref_b in zip(
-            weights, ref_weight.split(_CHUNK_WORDS), split(bias), split(ref_bias), strict=True
-        )
+        for w, ref_w, b, ref_b in zip(weights, ref_weight.split(size), split(bias), split(ref_bias), strict=True)
     ]
 
 
@@ -82,27 +105,34 @@ def _consistency_loss(
 ) -> tuple[Tensor, ...]:
     _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, token_weights)
     _check_numbers(temperature, beta, block_tokens)
-    dtype = _accumulate(hidden)
+    dtype, device = _accumulate(hidden), hidden.device.type
+    # Fails here, and not after the first products, where there are no kernels for this device.
+    torch.ops.vico.consistency_result(hidden.new_empty(0, _FIELDS, dtype=torch.float64), beta)
     tokens, words = hidden.shape[0], weight.shape[0]
-    # Tokens of weight 0 are not computed at all.
-    active = None if token_weights is None else token_weights.nonzero()[:, 0]
-    if active is not None and len(active) == tokens:
-        active = None
+    active = None
+    if token_weights is not None and device == "cpu":
+        # Tokens of weight 0 are not computed at all.
+        active = token_weights.nonzero()[:, 0]
+        active = None if len(active) == tokens else active
+    elif token_weights is not None:
+        # Which they are, the host could only learn by waiting for the device: they are computed, from zeros.
+        counts = (token_weights != 0)[:, None]
+        hidden, ref_hidden = torch.where(counts, hidden, 0), torch.where(counts, ref_hidden, 0)
     count = tokens if active is None else len(active)
     loss, lse, ref_lse = (hidden.new_zeros(tokens, dtype=dtype) for _ in range(3))
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape if need_weight else (0,), dtype=dtype)
     grad_bias = weight.new_zeros(words if need_bias else 0, dtype=dtype)
-    block = _block_size(count, words, dtype.itemsize, block_tokens)
+    block = _block_size(count, words, dtype.itemsize, block_tokens, device)
     chunks = _chunks(weight, bias, ref_weight, ref_bias, block, dtype) if count else []
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         for begin in range(0, count, max(block, 1)):
             rows: Any = slice(begin, min(begin + block, count))
             if active is not None:
                 rows = active[rows]
-            h = hidden[rows].to(dtype)
-            state = _logits(chunks, h, ref_hidden[rows].to(dtype), beta, temperature)
-            block_weights = h.new_ones(len(h)) if token_weights is None else token_weights[rows]
+            h = _operand(hidden[rows])
+            state = _logits(chunks, h, _operand(ref_hidden[rows]), beta, temperature)
+            block_weights = h.new_ones(len(h), dtype=dtype) if token_weights is None else token_weights[rows]
             result = [r.to(dtype) for r in torch.ops.vico.consistency_result(state, beta)]
             loss[rows], lse[rows], ref_lse[rows] = result[0] * block_weights, *result[1:]
             if need_hidden or need_weight or need_bias:
@@ -114,11 +144,13 @@ def _consistency_loss(
                     beta,
                     temperature,
                     need_hidden,
-                    grad_weight.split(_CHUNK_WORDS) if need_weight else None,
-                    grad_bias.split(_CHUNK_WORDS) if need_bias else None,
+                    grad_weight.split(_CHUNK_WORDS[device]) if need_weight else None,
+                    grad_bias.split(_CHUNK_WORDS[device]) if need_bias else None,
                 )
                 if need_hidden:
                     grad_hidden[rows] = block_grad
+        if token_weights is not None and active is None:
+            lse, ref_lse = (torch.where(token_weights != 0, t, 0) for t in (lse, ref_lse))
     return loss.sum(), loss, lse, ref_lse, grad_hidden, grad_weight, grad_bias
 
 
@@ -128,8 +160,8 @@ def _logits(chunks: list[_Chunk], h: Tensor, ref_h: Tensor, beta: float, tempera
     state[:, 0:4:2] = -torch.inf  # the maxima of no words
     for c in chunks:
         z, ref_z = c.logits[: len(h)], c.ref_logits[: len(h)]
-        torch.mm(h, c.weight.to(h.dtype).t(), out=z)
-        torch.mm(ref_h, c.ref_weight.to(h.dtype).t(), out=ref_z)
+        _product(h, _operand(c.weight).t(), z)
+        _product(ref_h, _operand(c.ref_weight).t(), ref_z)
         torch.ops.vico.consistency_statistics_(z, ref_z, state, c.bias, c.ref_bias, beta, temperature)
     if 0 < beta < 1:
         for c in chunks:
@@ -149,15 +181,15 @@ def _gradients(
     grad_bias: tuple[Tensor, ...] | None,
 ) -> Tensor:
     """Adds to the chunks' ``grad_weight`` and ``grad_bias``; the unscaled gradient of ``h``. Consumes the logits."""
-    grad_h = torch.zeros_like(h)
-    weighted = h * block_weights[:, None]
+    grad_h = torch.zeros_like(h, dtype=block_weights.dtype)
+    weighted = (h * block_weights[:, None]).to(h.dtype)
     for i, c in enumerate(chunks):
         grad = c.logits[: len(h)]
         torch.ops.vico.consistency_gradient_(grad, c.ref_logits[: len(h)], state, beta, temperature)
         if need_hidden:
-            grad_h.addmm_(grad, c.weight.to(h.dtype))
+            _add_product(grad_h, grad, _operand(c.weight))
         if grad_weight is not None:
-            grad_weight[i].addmm_(grad.t(), weighted)
+            _add_product(grad_weight[i], grad.t(), weighted)
         if grad_bias is not None:
             grad_bias[i].addmv_(grad.t(), block_weights)
     return grad_h
@@ -221,7 +253,8 @@ def _check_numbers(temperature: float, beta: float, block_tokens: int) -> None:
         raise ValueError(f"block_tokens must be positive, or 0 for automatic, got {block_tokens}")
 
 
-torch.library.impl("vico::consistency_loss", "CPU", _consistency_loss)
+for _key in ("CPU", "CUDA"):
+    torch.library.impl("vico::consistency_loss", _key, _consistency_loss)
 
 
 @torch.library.register_fake("vico::consistency_loss")
