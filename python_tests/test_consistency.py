@@ -50,8 +50,11 @@ def problems(draw):
     if draw(st.booleans()):
         policy[0] = torch.cat([policy[0].detach()] * 2, 1)[:, : policy[0].shape[1]].requires_grad_()
     for model in (policy, ref):
-        if draw(st.booleans()):
+        layout = draw(st.sampled_from(["none", "dense", "strided"]))
+        if layout == "none":
             model[2] = None
+        elif layout == "strided":
+            model[2] = model[2].detach().repeat_interleave(2)[::2].requires_grad_(model is policy)
     weights = draw(st.none() | st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=tokens, max_size=tokens))
     return {
         "policy": policy,

@@ -54,7 +54,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, with a rounded to the type of b."""
+    """total += a b, with a rounded to the type of b: to 16 bits on a GPU, as eager PyTorch rounds its gradients."""
     if b.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -78,7 +78,7 @@ def _chunks(
     size = _CHUNK_WORDS[weight.device.type]
 
     def split(t: Tensor | None) -> tuple[Tensor, ...] | list[None]:
-        return [None] * count if t is None else t.to(dtype).split(size)
+        return [None] * count if t is None else t.to(dtype).contiguous().split(size)
 
     weights = weight.split(size)
     count = len(weights)
