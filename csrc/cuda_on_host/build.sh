@@ -3,13 +3,14 @@
 #   plain  optimised
 #   asan   AddressSanitizer and UndefinedBehaviorSanitizer
 #   race   every access of the kernels goes through the race checker
-# Without names: every program of tests/. What has not changed is not built again (rules.mk); ccache is used if it is
+# Without names: every program of tests/, and conformance. What has not changed is not built again (rules.mk); ccache is used if it is
 # there. Needs make and g++ on x86-64, and neither a CUDA toolkit nor torch.
 set -eu
 modes=$(echo "$1" | tr , ' ')
 shift
 cd "$(dirname "$0")"
 if [ $# = 0 ]; then
+  set -- conformance
   for source in tests/self_test_*.cpp tests/test_*.cpp; do set -- "$@" "$(basename "$source" .cpp)"; done
 fi
 targets=''
