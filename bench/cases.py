@@ -288,7 +288,7 @@ def skinny_linear(size: Size, tiles: int) -> Contenders:
 
 
 def plan(size: Size, tiles: int) -> Contenders:
-    p = torch.rand(tiles)
+    p = torch.rand(tiles, dtype=torch.float32)
 
     def eager(p: Tensor) -> tuple[Tensor, Tensor]:
         return reference.plan_tokens(reference.released_route(p, RELATIVE, 0.0))
