@@ -14,7 +14,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc vico_ext _build_backend -type f \
              -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: help demo test lint format bench bench-report install sanitize package clean
+.PHONY: help demo test lint format bench bench-report gpu install sanitize package clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -70,6 +70,11 @@ bench: $(VENV)/.tools
 	mkdir -p bench/results
 	$(BIN)/pytest bench -q --benchmark-json=bench/results/cpu.json
 	$(BIN)/python bench/report.py
+
+## make gpu       on a machine with a GPU: build, conformance, tests, sanitizers, benchmarks in nine minutes; uses the
+##                python3 that has torch, installs nothing, and records in bench/results/gpu.json
+gpu:
+	PYTHON=$(PYTHON) sh bench/gpu/run.sh
 
 ## make bench-report  rewrite the README tables from bench/results
 bench-report: $(VENV)/.tools

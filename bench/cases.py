@@ -296,7 +296,7 @@ def consistency_loss(size: Size, tiles: int) -> Contenders:
 
 
 def plan(size: Size, tiles: int) -> Contenders:
-    p = torch.rand(tiles)
+    p = torch.rand(tiles, dtype=torch.float32)
 
     def eager(p: Tensor) -> tuple[Tensor, Tensor]:
         return reference.plan_tokens(reference.released_route(p, RELATIVE, 0.0))

@@ -1,4 +1,7 @@
-"""Writes the README's benchmark tables from the recorded run; `--check` fails if they differ from it."""
+"""Writes the benchmark tables from the recorded runs: the CPU's into README.md, the GPU's into docs/gpu.md.
+
+`--check` fails if they differ from the records.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_report import gpu_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench" / "results" / "cpu.json"
-README = ROOT / "README.md"
+GPU_RECORD = ROOT / "bench" / "results" / "gpu.json"
+README, GPU_PAGE = ROOT / "README.md", ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- benchmarks: written by bench/report.py -->", "<!-- benchmarks: end -->"
 HEADER = (
     "| case | size | tiles | released | compiled | routed | vico_ext | × released | × compiled | × routed "
@@ -58,23 +64,37 @@ def tables(record: dict[str, Any]) -> str:
     return f"{BEGIN}\n{certificate(record)}\n\n{HEADER}\n{rows}\n{END}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is not up to date")
-    check = parser.parse_args().check
-    text = README.read_text()
+def update(page: Path, tables: str, *, check: bool) -> bool:
+    """Puts `tables` into their place in the page, or checks that they are there."""
+    text = page.read_text()
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
-        print(f"README.md has no place for the tables: it needs the lines {BEGIN!r} and {END!r}", file=sys.stderr)
-        return 1
-    updated = before + tables(json.loads(RECORD.read_text())) + after
+        print(f"{page.name} has no place for the tables: it needs the lines {BEGIN!r} and {END!r}", file=sys.stderr)
+        return False
+    updated = before + tables + after
     if check and updated != text:
-        print("README.md does not match bench/results/cpu.json: run `make bench-report`", file=sys.stderr)
-        return 1
+        print(f"{page.name} does not match bench/results: run `make bench-report`", file=sys.stderr)
+        return False
     if not check:
-        README.write_text(updated)
-    return 0
+        page.write_text(updated)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is not up to date")
+    parser.add_argument("--show-gpu", type=Path, metavar="RECORD", help="print the table of this GPU record, no more")
+    args = parser.parse_args()
+    if args.show_gpu:
+        print(gpu_table(json.loads(args.show_gpu.read_text())))
+        return 0
+    gpu_record = json.loads(GPU_RECORD.read_text()) if GPU_RECORD.exists() else None
+    pages = [
+        update(README, tables(json.loads(RECORD.read_text())), check=args.check),
+        update(GPU_PAGE, f"{BEGIN}\n{gpu_table(gpu_record)}\n{END}", check=args.check),
+    ]
+    return 0 if all(pages) else 1
 
 
 if __name__ == "__main__":

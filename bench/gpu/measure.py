@@ -1,0 +1,181 @@
+"""The benchmarks of a GPU: bf16, 32 tiles, cold L2, against what the same GPU copies and multiplies in the same run.
+
+    python bench/gpu/measure.py --out bench/results/gpu.json
+
+Writes the record after every case, so a run that is cut short leaves what it has. ``--device cpu --smoke`` runs every
+case once at a tiny size, to show that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Timer, ceilings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cases
+import whole
+from cases import B1, B8, SMOKE, Case, Size
+
+import vico_ext
+from vico_ext import _C
+
+V1024, V3200 = B1, Size("38B", 3200, 5120)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The least bytes a case must move per tile, as a function of ViT and language model width."""
+
+    per_tile: Any
+
+    def of(self, case: Case, size: Size) -> int:
+        return int(self.per_tile(size.vit, size.llm) * case.tiles)
+
+
+# A shuffle reads and writes each of 1024 tokens once, 2 bytes per element; bias_gelu the rows of the first Linear.
+SHUFFLED = Bytes(lambda vit, llm: 2 * 2 * 1024 * vit)
+ACTIVATIONS = Bytes(lambda vit, llm: 2 * 2 * 256 * llm)
+TILES_READ = Bytes(lambda vit, llm: 2 * 1024 * vit)
+
+CASES: list[tuple[Case, Bytes | None]] = [
+    (Case("visual_side", B8, 32, cases.visual_side, memory=True), None),
+    (Case("gemms", B8, 32, whole.gemms), None),
+    (Case("visual_side", B1, 32, cases.visual_side, memory=True), None),
+    (Case("gemms", B1, 32, whole.gemms), None),
+    (Case("visual_side_graph", B1, 1, whole.visual_side_graph, rounds=31), None),
+    (Case("visual_side_graph", B8, 1, whole.visual_side_graph, rounds=31), None),
+    (Case("connectors_training", B8, 32, whole.connectors_training, rounds=9, memory=True), None),
+    (Case("normalized_shuffle_2x2", B8, 32, cases.normalized_shuffle(2), rounds=31), SHUFFLED),
+    (Case("normalized_shuffle_4x4", B8, 32, cases.normalized_shuffle(4), rounds=31), SHUFFLED),
+    (Case("normalized_shuffle_2x2", V3200, 32, cases.normalized_shuffle(2), rounds=31), SHUFFLED),
+    (Case("pixel_shuffle_2x2", B8, 32, cases.shuffle(2), rounds=31), SHUFFLED),
+    (Case("bias_gelu", B8, 32, cases.bias_gelu(), rounds=31), ACTIVATIONS),
+    (Case("bias_gelu_training", B8, 32, cases.bias_gelu(training=True), rounds=15), None),
+    (Case("router", V1024, 32, cases.router, rounds=9), None),
+    (Case("router", V3200, 32, cases.router, rounds=9), None),
+    (Case("attention_pool", V1024, 32, cases.attention_pool, rounds=31), TILES_READ),
+    (Case("attention_pool", V3200, 32, cases.attention_pool, rounds=31), TILES_READ),
+    (Case("merge", B8, 32, cases.merge, rounds=21), None),
+    (Case("plan", B8, 32, cases.plan, rounds=31), None),
+    (Case("first_token", B8, 24, whole.first_token, rounds=7), None),
+]
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
+def certificate(device: str) -> dict[str, Any]:
+    """What the numbers were measured on and with; no host's name."""
+    facts: dict[str, Any] = {
+        "vico_ext": vico_ext.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "kernels": _C.cuda,
+        "compiler": _C.compiler,
+        # Where the sources travel without their repository, whoever sends them says which they are.
+        "commit": git("rev-parse", "HEAD") or os.environ.get("VICO_COMMIT", "unknown"),
+        "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "dtype": "bfloat16",
+        "device": "CPU",
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False)
+        facts |= {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "driver_and_clocks": driver.stdout.strip() or "unknown",
+        }
+    return facts
+
+
+def run_case(case: Case, least: Bytes | None, timer: Timer, ceiling: dict[str, float], smoke: bool) -> dict[str, Any]:
+    torch._dynamo.reset()  # each case compiles for its own sizes
+    torch.manual_seed(0)
+    size, rounds = (SMOKE, 2) if smoke else (case.size, case.rounds)
+    contenders = case.build(size, case.tiles)
+    if smoke:
+        contenders.pop("compiled", None)
+    entry: dict[str, Any] = {"case": case.name, "size": case.size.name, "tiles": case.tiles}
+    entry["times"] = timer.compare(contenders, rounds)
+    if least is not None:
+        rate = least.of(case, size) / entry["times"]["vico_ext"]["p50"]
+        entry["of_copy_bandwidth"] = rate / ceiling["copy_bytes_per_second"]
+    if case.memory:
+        entry["peak_bytes"] = timer.peak_bytes(contenders)
+    return entry
+
+
+def chosen(names: list[str]) -> Iterator[tuple[Case, Bytes | None]]:
+    yield from (c for c in CASES if not names or c[0].name in names)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="names of cases; all of them by default")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON record")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="every case once, tiny, without torch.compile")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this time")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no CUDA device: run on a machine with a GPU, or with --device cpu --smoke", file=sys.stderr)
+        return 1
+    end = time.monotonic() + args.seconds
+    torch.set_default_device(args.device)
+    torch.set_default_dtype(torch.bfloat16)
+    timer = Timer(args.device)
+    record: dict[str, Any] = {
+        "certificate": certificate(args.device),
+        "smoke": args.smoke,
+        "results": [],
+        "skipped": {},
+    }
+    record["ceilings"] = ceilings(timer, args.smoke)
+    failed = False
+    for case, least in chosen(args.cases):
+        if time.monotonic() > end:
+            record["skipped"][case.id] = "no time left"
+            continue
+        start = time.monotonic()
+        try:
+            entry = run_case(case, least, timer, record["ceilings"], args.smoke)
+        except Exception as error:  # the other cases are worth having; this one is reported and fails the run
+            record["skipped"][case.id] = f"{type(error).__name__}: {error}"[:500]
+            failed = True
+            print(f"{case.id}: FAILED: {record['skipped'][case.id]}", flush=True)
+        else:
+            record["results"].append(entry)
+            times = ", ".join(f"{name} {t['p50'] * 1e3:.3f} ms" for name, t in entry["times"].items())
+            print(f"{case.id} ({time.monotonic() - start:.0f} s): {times}", flush=True)
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        partial = args.out.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(args.out)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
