@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vico_ext.routing import RoutingPlan
 from vico_ext.training.batches import MicroBatch
 from vico_ext.training.forward import Reference, answer_hidden, vision_features, visual_tokens
-from vico_ext.training.losses import answer_divergence, row_means
+from vico_ext.training.losses import answer_divergence
 from vico_ext.training.models import tokens_per_tile
 from vico_ext.training.options import ConsistencyOptions
 
@@ -54,12 +54,18 @@ class ConsistencyModule(nn.Module):
             self.policy.model.vision_tower.eval()
         return self
 
-    def forward(self, batch: MicroBatch, phase: str = "loss") -> dict[str, Tensor]:
+    def forward(self, batch: MicroBatch, scale: float = 1.0, phase: str = "loss") -> dict[str, Tensor]:
         """The divergence of a micro-batch's answers, or with phase "reference" the reference's hidden states.
 
+        Args:
+            batch: B rows with N answer tokens.
+            scale: factor of the loss.
+            phase: "loss" or "reference".
+
         Returns:
-            ``tokens`` [N], the divergence of each answer token; ``rows`` [B], its mean over each row's; ``kept`` and
-            ``whole``, visual tokens with and without compression. Or ``hidden`` [N, H].
+            ``loss``, the sum over rows of each one's mean over its answer tokens, or over all answer tokens, times
+            ``scale``; ``tokens`` [N], each token's part of it, without gradient; ``kept`` and ``whole``, visual tokens
+            with and without compression. Or ``hidden`` [N, H].
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains):
             vit_tokens = vision_features(self.policy.model.vision_tower, batch.pixel_values)
@@ -74,16 +80,19 @@ class ConsistencyModule(nn.Module):
         visual = visual_tokens(self.policy, vit_tokens, plan)
         given = (plan, batch.input_ids, batch.attention_mask, batch.predict, config.image_token_id)
         own = answer_hidden(self.policy.model.language_model, visual, *given)
-        loss = answer_divergence(
-            hidden, self.reference.head, own, self.policy.lm_head, self.options.divergence, self.options.temperature
+        counts = batch.answer_tokens
+        of_row = scale / counts if self.options.average_over == "sample" else torch.full_like(counts, scale, dtype=torch.float32)
+        loss, parts = answer_divergence(
+            hidden,
+            self.reference.head,
+            own,
+            self.policy.lm_head,
+            weights=of_row.repeat_interleave(counts),
+            divergence=self.options.divergence,
+            temperature=self.options.temperature,
         )
         kept = torch.tensor(float(plan.total_tokens), device=loss.device)
-        return {
-            "tokens": loss,
-            "rows": row_means(loss, batch.answer_tokens),
-            "kept": kept,
-            "whole": torch.full_like(kept, plan.tiles * tokens[0]),
-        }
+        return {"loss": loss, "tokens": parts, "kept": kept, "whole": torch.full_like(kept, plan.tiles * tokens[0])}
 
 
 class ConsistencyStage:
@@ -109,20 +118,18 @@ class ConsistencyStage:
             return 0
         return int(batch.answer_tokens.sum()) if self.options.average_over == "token" else batch.rows
 
-    def terms(self, module: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The terms ``[count]``, and sums to log."""
-        out = module(batch)
-        terms = out["tokens" if self.options.average_over == "token" else "rows"]
-        figures = {} if batch.blank else {"visual_tokens": out["kept"], "visual_tokens_whole": out["whole"]}
-        return (terms[:0] if batch.blank else terms), figures
+    def loss(
+        self, module: nn.Module, batch: MicroBatch, scale: float
+    ) -> tuple[Tensor, dict[str, Tensor], Callable[[], list[int]]]:
+        """The sum of a micro-batch's terms times ``scale``, sums to log, and which lines' terms are not finite."""
+        out = module(batch, scale)
 
-    def bad_lines(self, batch: MicroBatch, terms: Tensor) -> list[int]:
-        """Lines whose terms are not finite."""
-        bad = (~terms.detach().isfinite()).cpu()
-        if self.options.average_over == "token":
+        def bad_lines() -> list[int]:
             rows = torch.arange(batch.rows).repeat_interleave(batch.answer_tokens.cpu())
-            return sorted({batch.lines[int(row)] for row in rows[bad]})
-        return [batch.lines[int(row)] for row in bad.nonzero()]
+            return sorted({batch.lines[int(row)] for row in rows[~out["tokens"].isfinite().cpu()]})
+
+        figures = {} if batch.blank else {"visual_tokens": out["kept"], "visual_tokens_whole": out["whole"]}
+        return out["loss"], figures, bad_lines
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint needs beside weights and optimizer."""

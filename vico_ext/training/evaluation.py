@@ -160,7 +160,8 @@ class Evaluation:
             right = (logits.argmax(-1) == targets).float()
             exact = row_means(right, counts) == 1
             loss = row_means(F.cross_entropy(logits, targets, reduction="none"), counts)
-            kl = row_means(answer_divergence(reference, self.reference.head, hidden, self.model.lm_head), counts)
+            _, kl_of_token = answer_divergence(reference, self.reference.head, hidden, self.model.lm_head)
+            kl = row_means(kl_of_token, counts)
             routing = routings[name]
             routing.tiles += plan.tiles
             routing.compressed += plan.compressed_tiles

@@ -120,8 +120,8 @@ class ConsistencyOptions(TrainOptions):
         choices=("auto", "copy", "adapters_off", "cache"),
     )  # fmt: skip
     reference_cache: str = _option("", "folder of the cache; by default OUT/reference", free=True)
-    divergence: str = _option("forward", "KL(ref, policy), KL(policy, ref) or their mean to the mixture",
-                              choices=("forward", "reverse", "jsd"))  # fmt: skip
+    divergence: str = _option("forward_kl", "KL(ref, policy), KL(policy, ref) or their mean to the mixture",
+                              choices=("forward_kl", "reverse_kl", "jsd"))  # fmt: skip
     temperature: float = _option(1.0, "of both models' logits", low=1e-3)
     average_over: str = _option(
         "sample", "mean of the samples' means, or of all answer tokens", choices=("sample", "token")

@@ -91,12 +91,13 @@ class RouterModule(nn.Module):
         self.router.train(mode)
         return self
 
-    def forward(self, batch: MicroBatch, phase: str = "loss") -> dict[str, Tensor]:
-        """The cross-entropy of each tile, or with phase "ratios" what its labels are made from.
+    def forward(self, batch: MicroBatch, scale: float = 1.0, phase: str = "loss") -> dict[str, Tensor]:
+        """The cross-entropy of the tiles, or with phase "ratios" what its labels are made from.
 
         Returns:
-            ``terms`` and ``right``, whether the router would have decided so, of the tiles that have a label. Or
-            ``vit_tokens`` [P, 1 + N, V] and ``ratios`` [P].
+            ``loss``, the sum over the tiles that have a label, times ``scale``; ``tiles`` [P], each tile's part of it,
+            without gradient; ``right``, how many the router would have decided so. Or ``vit_tokens`` [P, 1 + N, V] and
+            ``ratios`` [P].
         """
         if phase == "ratios":
             with torch.no_grad():
@@ -105,9 +106,9 @@ class RouterModule(nn.Module):
         assert batch.vit_tokens is not None
         assert batch.labels is not None
         logits = self.router.logits(batch.vit_tokens)
-        logits, labels = logits[batch.labels != UNKNOWN], batch.labels[batch.labels != UNKNOWN]
-        terms = F.cross_entropy(logits.float(), labels, reduction="none")
-        return {"terms": terms, "right": (logits.argmax(-1) == labels).float()}
+        tiles = F.cross_entropy(logits.float(), batch.labels, ignore_index=UNKNOWN, reduction="none") * scale
+        right = (logits.argmax(-1) == batch.labels).sum()
+        return {"loss": tiles.sum(), "tiles": tiles.detach(), "right": right}
 
     def _ratios(self, batch: MicroBatch, vit_tokens: Tensor) -> Tensor:
         """r_t = (L(y | tile t at 1/16) + eps) / (L(y | tile t at 1/4) + eps), the other tiles as configured. [P]"""
@@ -161,7 +162,7 @@ class RouterModule(nn.Module):
             given = (plan, batch.input_ids[rows], batch.attention_mask[rows], batch.predict[rows])
             hidden = answer_hidden(self.policy.model.language_model, visual, *given, config.image_token_id)
             target = torch.cat([reference[one.row] for one in chunk])
-            loss = answer_divergence(target, self.reference.head, hidden, self.policy.lm_head)
+            _, loss = answer_divergence(target, self.reference.head, hidden, self.policy.lm_head)
             losses.append(row_means(loss, batch.answer_tokens[rows]))
         return torch.cat(losses)
 
@@ -206,19 +207,15 @@ class RouterStage:
         """How many terms of the step's mean a micro-batch has."""
         return 0 if batch.blank or batch.labels is None else int((batch.labels != UNKNOWN).sum())
 
-    def terms(self, module: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The terms ``[count]``, and sums to log."""
-        out = module(batch)
+    def loss(
+        self, module: nn.Module, batch: MicroBatch, scale: float
+    ) -> tuple[Tensor, dict[str, Tensor], Callable[[], list[int]]]:
+        """The sum of a micro-batch's terms times ``scale``, sums to log, and which lines' terms are not finite."""
         if batch.blank:
-            return out["terms"][:0], {}
-        return out["terms"], {"tiles_right": out["right"].sum()}
-
-    def bad_lines(self, batch: MicroBatch, terms: Tensor) -> list[int]:
-        """Lines whose terms are not finite."""
-        assert batch.labels is not None
-        bad = torch.zeros(len(batch.labels), dtype=torch.bool, device=terms.device)
-        bad[batch.labels != UNKNOWN] = ~terms.detach().isfinite()
-        return _lines_of_tiles(batch, bad)
+            assert batch.labels is not None
+            batch = replace(batch, labels=torch.full_like(batch.labels, UNKNOWN))
+        out = module(batch, scale)
+        return out["loss"], {"tiles_right": out["right"]}, lambda: _lines_of_tiles(batch, ~out["tiles"].isfinite())
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint needs beside weights and optimizer."""

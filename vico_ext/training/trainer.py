@@ -194,13 +194,13 @@ class Trainer:
             torch.manual_seed(seed_of(self.options.seed, "dropout", step, first + place))
             last = place == len(ready) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(module):
-                values, sums = self.stage.terms(module, batch)
-                share = values.sum() / terms
-                self.accelerator.backward(share * self.accelerator.num_processes)  # which takes their mean
-            total = total + share.detach().double()
+                # Data parallel wrappers take the processes' mean.
+                share, sums, bad_lines = self.stage.loss(module, batch, self.accelerator.num_processes / terms)
+                self.accelerator.backward(share)
+            total = total + share.detach().double() / self.accelerator.num_processes
             figures = {name: value + sums.get(name, 0) for name, value in figures.items()}
             if not share.isfinite():
-                bad += self.stage.bad_lines(batch, values)
+                bad += bad_lines()
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         norm = self.accelerator.clip_grad_norm_(trained, self.options.clip_norm or math.inf)
         loss, *summed = self._sum([total, *figures.values()])
