@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "replacing_all"]
+__all__ = ["replacing", "replacing_all", "sync_folder"]
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def replacing_all(*, entry_points: Sequence[Path] = ()) -> Iterator[Callable[[Pa
         for temporary, path in staged:
             os.replace(temporary, path)
         for folder in {path.parent for _, path in staged}:
-            _sync_folder(folder)
+            sync_folder(folder)
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield stage(path)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Makes renames last through a power failure, where the system can open folders."""
     if os.name == "posix":
         folder = os.open(path, os.O_RDONLY)

@@ -84,6 +84,11 @@ class CheckpointFiles:
         """Names of all tensors, in the files' order."""
         return list(self._where)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted(set(self._where.values()))
+
     def config(self) -> dict[str, Any]:
         """``config.json`` beside the tensors; empty where there is none."""
         path = self.folder / CONFIG_NAME
@@ -103,6 +108,21 @@ class CheckpointFiles:
             return self._file_of(name).get_tensor(name).clone()
         except _READ_ERRORS as error:
             raise self._damaged(self._where[name], error) from error
+
+    def part(self, name: str, part: int, parts: int) -> Tensor:
+        """The `part`-th of `parts` equal parts of a tensor along dimension 0, in memory of its own."""
+        if parts == 1:
+            return self.tensor(name)
+        try:
+            whole = self._file_of(name).get_slice(name)
+            rows = whole.get_shape()[0] // parts
+            return whole[part * rows : (part + 1) * rows].clone()
+        except _READ_ERRORS as error:
+            raise self._damaged(self._where[name], error) from error
+
+    def close(self) -> None:
+        """Lets go of the files, and of what of them is mapped into memory; they open again when read."""
+        self._open.clear()
 
     def _locate(self) -> dict[str, Path]:
         path = self.path

@@ -16,7 +16,7 @@ from vico_ext._files import replacing_all
 from vico_ext.checkpoint.files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from vico_ext.checkpoint.keys import CONNECTOR, HF_PREFIX, ROUTER, Key
 
-__all__ = ["save_flash"]
+__all__ = ["save_flash", "size_in_bytes"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -59,7 +59,7 @@ def save_flash(
     path = Path(path)
     if format not in ("released", "hf"):
         raise ValueError(f"format must be 'released' or 'hf', got {format!r}")
-    limit = _bytes(max_shard_size)
+    limit = size_in_bytes(max_shard_size)
     tensors = _named(format, _tensors_of(connector), _tensors_of(router))
     clash = sorted(set(tensors) & set(extra or {}))
     if clash:
@@ -161,7 +161,8 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
     return shards
 
 
-def _bytes(size: int | str) -> int:
+def size_in_bytes(size: int | str) -> int:
+    """Bytes from a number, or from words such as "500MB" and "2GiB"."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"max_shard_size must be bytes or a size such as '500MB' or '2GiB', got {size!r}")

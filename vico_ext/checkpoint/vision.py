@@ -10,27 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vico_ext.checkpoint.configs import hf_vision_config
 from vico_ext.checkpoint.files import CheckpointFiles, FlashCheckpointError
+from vico_ext.checkpoint.layouts import hf_vision_name
 
 if TYPE_CHECKING:
     from transformers import InternVLVisionModel
 
 __all__ = ["load_vision_tower"]
 
-# Custom-code names to transformers' names, applied in this order to what follows `vision_model.`; the table of the
-# conversion that published InternVL3's HF-native checkpoints.
-_RENAMES = (
-    (r"^encoder\.layers\.", "encoder.layer."),
-    (r"class_embedding$", "cls_token"),
-    (r"position_embedding$", "position_embeddings"),
-    (r"patch_embedding\.", "patch_embeddings.projection."),
-    (r"\.ls(\d)$", r".lambda_\1"),
-    (r"\.attn\.proj\.", ".attention.projection_layer."),
-    (r"\.attn\.", ".attention."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-)
-_CONFIG_RENAMES = {"qk_normalization": "use_qk_norm", "qkv_bias": "attention_bias"}
 _TOWER = re.compile(r"(?:^|\.)(vision_model|vision_tower)\.((?:embeddings|encoder|layernorm)\..+)$")
 
 
@@ -84,22 +72,14 @@ def _vision_config(files: CheckpointFiles) -> dict[str, Any]:
         raise FlashCheckpointError(
             files.path, f"features of ViT layer {layer} are asked for; only the last (-1) is served"
         )
-    vision = {_CONFIG_RENAMES.get(name, name): value for name, value in vision.items()}
-    if "attention_probs_dropout_prob" in vision:
-        vision["attention_dropout"] = vision.pop("attention_probs_dropout_prob")
-    for name in ("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "use_flash_attn"):
-        vision.pop(name, None)
-    if config.get("force_image_size"):
-        vision["image_size"] = config["force_image_size"]
-    return vision
+    return hf_vision_config(config)
 
 
 def _renamed(name: str, tensor: Tensor, *, custom: bool) -> dict[str, Tensor]:
     """A tensor under transformers' names: itself, or the query, key and value parts of a joint projection."""
     if not custom:
         return {name: tensor}
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
+    name = hf_vision_name(name)
     if ".attention.qkv." not in name:
         return {name: tensor}
     parts = tensor.chunk(3)

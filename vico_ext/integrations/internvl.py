@@ -7,6 +7,7 @@ put in front of them before (accelerate, Liger), do all that has to do with the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -17,8 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from vico_ext.checkpoint import FlashWeights, load_flash
-from vico_ext.integrations.internvl_generate import generate
-from vico_ext.integrations.internvl_visual import VicoParts, encode, policy_of
+from vico_ext.integrations.internvl_generate import UNKNOWN_PROMPT, CompressedPrompt, generate
+from vico_ext.integrations.internvl_visual import (
+    NO_ROWS_APART,
+    Encoded,
+    VicoParts,
+    cache_of,
+    check_policy,
+    encode,
+    policy_of,
+)
 from vico_ext.integrations.report import VicoReport
 from vico_ext.modules import FusedConnector, VisualResolutionRouter
 from vico_ext.routing import RoutingPolicy, ThresholdPolicy
@@ -60,6 +69,7 @@ def patch_internvl(
     inner, config = model.model, model.config
     if policy is None:
         policy = policy_of(config) or ThresholdPolicy(0.5)
+    check_policy(policy)
     vit, llm = config.vision_config.hidden_size, config.text_config.hidden_size
     mlp1: Mapping[str, Tensor] = {}
     if flash is None:
@@ -73,8 +83,9 @@ def patch_internvl(
             )
         connector, router, mlp1 = weights.connector_module(), weights.router_module(), weights.connector
     saved_config = config.__dict__.get("vico")
+    replaced = _replace_projector(inner.multi_modal_projector, mlp1)  # may refuse, and nothing else may from here on
     parts = VicoParts(connector.mlp2, router, policy, config)
-    parts.saved = {"config": saved_config, "projector": _replace_projector(inner.multi_modal_projector, mlp1)}
+    parts.saved = {"config": saved_config, "projector": replaced}
     inner.vico = parts.to(inner.multi_modal_projector.layer_norm.weight).train(model.training)
     model.forward = _Replacement(model, "forward", _forward)
     model.generate = _Replacement(model, "generate", generate)
@@ -231,69 +242,73 @@ class _Replacement:
             setattr(self.model, self.name, self.previous)
 
 
-def _forward(
-    model: Any,
-    original: Callable[..., Any],
-    input_ids: Tensor | None = None,
-    pixel_values: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
-    vision_feature_layer: Any = None,
-    vision_feature_select_strategy: Any = None,
-    labels: Tensor | None = None,
-    **others: Any,
-) -> Any:
+def _forward(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The patched ``model.forward``: logits, loss and hidden states are those of the compressed sequence."""
-    if pixel_values is not None and len(pixel_values) == 0:
-        pixel_values = None
-    if pixel_values is None or others.get("mm_encoder_outputs") is not None:
-        return original(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            **others,
-        )
+    if not args and kwargs.get("pixel_values") is None:
+        return original(**kwargs)
+    named = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
+    pixel_values = named.pop("pixel_values", None)
+    if pixel_values is None or len(pixel_values) == 0:
+        return original(**named)
+    if named.get("mm_encoder_outputs") is not None:
+        raise ValueError("pass pixel_values or mm_encoder_outputs, not both")
+    input_ids, inputs_embeds = named.pop("input_ids", None), named.pop("inputs_embeds", None)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-    _check_features(vision_feature_layer, vision_feature_select_strategy)
+    _check_features(named.pop("vision_feature_layer", None), named.pop("vision_feature_select_strategy", None))
     shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
-    if past_key_values is not None and shape[0] > 1 and past_key_values.get_seq_length() > 0:
-        raise ValueError(
-            "new images with a filled past_key_values work for one row only: compression gives rows different lengths, "
-            "and padding cannot go between what is cached and what is new. Pass the whole prompts without a cache"
-        )
-    past_mask = None
+    cache = cache_of(named)
+    if cache is not None and shape[0] > 1 and cache.get_seq_length() > 0:
+        raise ValueError(NO_ROWS_APART.format("Pass the whole prompts without a cache"))
+    past_mask, attention_mask = None, named.pop("attention_mask", None)
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] > shape[1]:
         past_mask, attention_mask = attention_mask[:, : -shape[1]], attention_mask[:, -shape[1] :]
+    position_ids = named.pop("position_ids", None)
     encoded = encode(model, pixel_values, input_ids, inputs_embeds, attention_mask, position_ids)
     mask = encoded.attention_mask
     if encoded.sequence is not None:
-        others.pop("cache_position", None)  # counts positions that are no longer there; made anew where it is needed
-        for name, value in others.items():
+        named.pop("cache_position", None)  # counts positions that are no longer there; made anew where it is needed
+        for name, value in named.items():
             if name.startswith("cu_seq_lens") or (name == "logits_to_keep" and isinstance(value, Tensor)):
                 raise ValueError(f"{name} counts positions of the sequence before compression: leave it out")
             if isinstance(value, Tensor) and value.shape == shape:
-                others[name] = encoded.take(value, -100 if name.endswith("labels") else 0)
-        labels = None if labels is None else encoded.take(labels, -100)
+                named[name] = encoded.take(value, -100 if name.endswith("labels") else 0)
+    empty = cache is None or cache.get_seq_length() == 0
+    as_tuple = not _wants_dict(model, named)
     output = original(
         inputs_embeds=encoded.inputs_embeds,
         attention_mask=mask if past_mask is None or mask is None else torch.cat([past_mask, mask], 1),
         position_ids=encoded.position_ids,
-        past_key_values=past_key_values,
-        labels=labels,
-        **others,
+        **named,
+        return_dict=True,
     )
-    if not isinstance(output, tuple):
-        output["image_hidden_states"] = encoded.visual_tokens
-    return output
+    if not dataclasses.is_dataclass(output):  # a wrapper around the model's own forward made something else of it
+        return output
+    _set_image_output(output, encoded)
+    filled = cache_of(output)  # type: ignore[arg-type]
+    if filled is not None and encoded.sequence is not None:
+        known = empty and input_ids is not None
+        filled.vico_prompt = CompressedPrompt(input_ids, encoded.input_ids, encoded.mask) if known else UNKNOWN_PROMPT
+    return output.to_tuple() if as_tuple else output  # type: ignore[attr-defined]
+
+
+def _wants_dict(model: Any, named: dict[str, Any]) -> bool:
+    """Whether the caller, or else the model's config, wants an output by name rather than a tuple."""
+    asked = named.pop("return_dict", None)
+    return bool(getattr(model.config, "return_dict", True) if asked is None else asked)
+
+
+def _set_image_output(output: Any, encoded: Encoded) -> None:
+    """Puts the visual tokens where this version of transformers has the output of its image encoder."""
+    names = {field.name for field in dataclasses.fields(output)}
+    if "image_outputs" in names:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        output.image_outputs = BaseModelOutputWithPooling(
+            last_hidden_state=encoded.vit_tokens, pooler_output=encoded.visual_tokens
+        )
+    elif "image_hidden_states" in names:
+        output.image_hidden_states = encoded.visual_tokens
 
 
 def _report(model: Any) -> VicoReport:

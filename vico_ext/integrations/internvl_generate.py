@@ -6,6 +6,7 @@ B rows, L positions of the user's prompt, L' of the compressed one.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico_ext.integrations.internvl_visual import Encoded, encode
+from vico_ext.integrations.internvl_visual import NO_ROWS_APART, Encoded, cache_of, encode
 
-__all__ = ["generate"]
+__all__ = ["UNKNOWN_PROMPT", "CompressedPrompt", "generate"]
 
 # Parameters of transformers' generate, in the order in which it takes them positionally.
 _POSITIONAL = (
@@ -58,12 +59,22 @@ class CompressedPrompt:
     attention_mask: Tensor
 
 
+# In place of a CompressedPrompt where nobody knows what the cache's positions stand for.
+UNKNOWN_PROMPT: Any = "unknown"
+
+
 @torch.no_grad()
 def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The patched ``model.generate``; see docs/transformers.md for what its arguments mean."""
+    """The patched ``model.generate``; see docs/internvl.md for what its arguments mean."""
     named = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
-    cache = named.get("past_key_values")
+    cache = cache_of(named)
     earlier: CompressedPrompt | None = getattr(cache, "vico_prompt", None)
+    if isinstance(earlier, str):  # UNKNOWN_PROMPT, perhaps a copy of it
+        raise ValueError(
+            "this cache (past_key_values) was filled from compressed prompts by several calls of the model itself, so "
+            "that generate cannot tell which of the prompt's ids it holds: go on calling the model, or pass the whole "
+            "conversation without a cache"
+        )
     pixel_values = named.pop("pixel_values", None)
     has_images = pixel_values is not None and len(pixel_values) > 0
     if not has_images and earlier is None:
@@ -91,6 +102,11 @@ def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
         if prompt is not None:
             prompt = CompressedPrompt(prompt.original, encoded.input_ids, encoded.mask)
         named |= {"inputs_embeds": encoded.inputs_embeds, "attention_mask": encoded.mask}
+        past = 0 if cache is None else cache.get_seq_length()
+        if past and "cache_position" in inspect.signature(model.forward).parameters:
+            # These versions of transformers take embeddings for new positions only where they are told so.
+            named["inputs_embeds"] = encoded.inputs_embeds[:, past:]
+            named["cache_position"] = torch.arange(past, encoded.inputs_embeds.shape[1], device=mask.device)
         if encoded.position_ids is not None:
             named["position_ids"] = encoded.position_ids
     else:
@@ -106,11 +122,13 @@ def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     sequences = output if isinstance(output, Tensor) else output.sequences
     start = ids.repeat_interleave(sequences.shape[0] // rows, 0)
     whole = torch.cat([start.to(sequences), sequences[:, prompt.input_ids.shape[1] :]], 1)
-    for filled in (cache, getattr(output, "past_key_values", None)):
-        if filled is not None and hasattr(filled, "get_seq_length"):
-            filled.vico_prompt = prompt
+    if cache is not None:
+        cache.vico_prompt = prompt
     if isinstance(output, Tensor):
         return whole
+    returned = cache_of(output)
+    if returned is not None:
+        returned.vico_prompt = prompt
     output.sequences = whole
     return output
 
@@ -126,15 +144,11 @@ def _encode(
     pad: int,
 ) -> Encoded:
     """The prompt's embeddings; what an earlier call has cached stands before them in its compressed form."""
-    cache = named.get("past_key_values")
+    cache = cache_of(named)
     position_ids = named.pop("position_ids", None)
     if cache is not None and cache.get_seq_length() > 0:
         if len(mask) > 1:
-            raise ValueError(
-                "new images with a filled past_key_values work for one row only: compression gives rows different "
-                "lengths, and padding cannot go between what is cached and what is new. Call generate for each row, or "
-                "without past_key_values"
-            )
+            raise ValueError(NO_ROWS_APART.format("Call generate for each row, or without a cache"))
         if position_ids is not None:
             raise ValueError(
                 "position_ids with new images and a filled past_key_values are not supported: leave them out"
@@ -155,6 +169,7 @@ def _encode(
         torch.cat([earlier.attention_mask, new.mask.to(earlier.attention_mask)], 1),
         None,
         new.visual_tokens,
+        new.vit_tokens,
         None,
     )
 
@@ -163,7 +178,7 @@ def _continued(prompt: CompressedPrompt | None, earlier: CompressedPrompt | None
     """A prompt that goes on from a cached one, without new images."""
     if prompt is None or earlier is None:
         raise ValueError(
-            "this past_key_values was filled from a compressed prompt: pass the whole conversation's input_ids"
+            "this cache (past_key_values) was filled from a compressed prompt: pass the whole conversation's input_ids"
         )
     known = _known_length(prompt.original, earlier)
     return CompressedPrompt(
@@ -177,9 +192,9 @@ def _known_length(ids: Tensor, earlier: CompressedPrompt) -> int:
     known = earlier.original.shape[1]
     if ids.shape[0] != earlier.original.shape[0] or not torch.equal(ids[:, :known], earlier.original):
         raise ValueError(
-            f"input_ids must begin with the {known} ids of the call that filled past_key_values "
+            f"input_ids must begin with the {known} ids of the call that filled the cache (past_key_values) "
             f"({len(earlier.original)} rows), got {list(ids.shape)} that do not: its positions are those of a "
-            "compressed prompt. Pass the whole conversation, or no past_key_values"
+            "compressed prompt. Pass the whole conversation, or no cache"
         )
     return known
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vico_ext import functional as VF
+from vico_ext.integrations.internvl_prompt import Placeholders
 from vico_ext.integrations.report import LastCall
 from vico_ext.modules import VisualResolutionRouter
 from vico_ext.routing import (
@@ -26,7 +26,12 @@ from vico_ext.routing import (
 )
 from vico_ext.tokens import CompressedSequence, compress_sequence
 
-__all__ = ["Encoded", "VicoParts", "encode", "policy_of"]
+__all__ = ["NO_ROWS_APART", "Encoded", "VicoParts", "cache_of", "check_policy", "encode", "policy_of"]
+
+NO_ROWS_APART = (
+    "new images with a filled cache (past_key_values) work for one row only: compression gives rows different lengths, "
+    "and padding cannot go between what is cached and what is new. {}"
+)
 
 _POLICIES: dict[str, Any] = {c.__name__: c for c in (BudgetPolicy, PerImagePolicy, ReleasedPolicy, ThresholdPolicy)}
 
@@ -61,15 +66,13 @@ class VicoParts(nn.Module):
 
     @policy.setter
     def policy(self, policy: RoutingPolicy) -> None:
-        if not isinstance(policy, RoutingPolicy):
-            raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}")
+        check_policy(policy)
         self._policy = policy
         name = type(policy).__name__
         known: Any = asdict(policy) if type(policy) is _POLICIES.get(name) else {}  # type: ignore[call-overload]
-        full = tokens_per_tile(self.config)
         self.config.vico = {
             "policy": {"type": name, **known},
-            "tokens": [full, full // 4],
+            "tokens": list(self.tokens),
             "vit_hidden": self.config.vision_config.hidden_size,
             "llm_hidden": self.config.text_config.hidden_size,
         }
@@ -84,6 +87,24 @@ class VicoParts(nn.Module):
     def probabilities(self, vit_tokens: Tensor) -> Tensor:
         """The router's ``[P]``, of vit_tokens ``[P, 1 + N, V]``."""
         return self.router(vit_tokens.to(self.router.pooling_before_gating.query_token))
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Visual tokens of a whole and of a compressed tile."""
+        full = tokens_per_tile(self.config)
+        return full, full // 4
+
+    def decide(self, vit_tokens: Tensor, tiles_per_image: Tensor) -> Tensor:
+        """Which of the tiles are compressed, ``[P]`` bool; leaves what ``vico_report`` shows.
+
+        Args:
+            vit_tokens: ``[P, 1 + N, V]``.
+            tiles_per_image: ``[P]`` int64, in the first entries; the rest are 0.
+        """
+        p = self.probabilities(vit_tokens)
+        compress = decide(p, self.policy, tiles_per_image, self.tokens)
+        self.last = LastCall(p, compress, tiles_per_image, self.tokens)
+        return compress
 
     def connect(self, vit_tokens: Tensor, plan: RoutingPlan, projector: nn.Module) -> Tensor:
         """The visual tokens ``[T, H]``, packed in tile order; only the chosen connector runs on a tile.
@@ -103,6 +124,18 @@ class VicoParts(nn.Module):
         if len(parts) == 1:
             return parts[0].flatten(0, 1)
         return VF.pack_tokens(parts[0], parts[1].to(parts[0]), plan)
+
+
+def cache_of(holder: dict[str, Any]) -> Any:
+    """The key-value cache among keyword arguments or in a model's output, by either of its names in transformers."""
+    cache = dict.get(holder, "cache")  # unbound: outputs that answer to both names warn when asked by the old one
+    return dict.get(holder, "past_key_values") if cache is None else cache
+
+
+def check_policy(policy: Any) -> None:
+    """Raises a TypeError for what is no policy."""
+    if not isinstance(policy, RoutingPolicy):
+        raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}")
 
 
 def policy_of(config: Any) -> RoutingPolicy | None:
@@ -136,6 +169,7 @@ class Encoded:
         inputs_embeds: ``[B, L', H]``, the visual tokens in their places.
         attention_mask: ``[B, L']``, or None where none was given and none is needed.
         position_ids: ``[B, L']``, or None where none were given.
+        vit_tokens: ``[P, 1 + N, V]``, the ViT's last hidden state.
         visual_tokens: ``[T, H]``.
         sequence: how the batch was compressed; None where no tile was, and the batch is as it came.
     """
@@ -144,6 +178,7 @@ class Encoded:
     inputs_embeds: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor | None
+    vit_tokens: Tensor
     visual_tokens: Tensor
     sequence: CompressedSequence | None
 
@@ -170,7 +205,8 @@ def encode(
 ) -> Encoded:
     """Runs the visual side of a batch and takes out the placeholders that its compressed tiles do not need.
 
-    One host sync: the numbers that size the outputs. None where there is one row and the policy knows its count.
+    One host sync: the numbers that size the outputs. None for one row where the policy knows its count; several rows
+    have a longest one, which depends on where the compressed tiles are, so that padding them takes the sync.
 
     Args:
         model: a patched InternVLForConditionalGeneration.
@@ -184,11 +220,10 @@ def encode(
 
     Raises:
         ValueError: the tiles and the placeholders do not match, or an argument has another form.
+        RuntimeError: they do not match and there was no host sync to see it, on an accelerator.
     """
     inner = model.model
     parts, placeholder = inner.vico, model.config.image_token_id
-    full = tokens_per_tile(model.config)
-    tokens = (full, full // 4)
     if pixel_values.dim() != 4:
         raise ValueError(
             f"pixel_values must have shape [tiles, channels, height, width], got {list(pixel_values.shape)}"
@@ -204,15 +239,14 @@ def encode(
             f"attention_mask must have the shape of the prompt, {list(input_ids.shape)}, got "
             f"{list(attention_mask.shape)}: routing shortens the prompt, and cannot shorten a mask of another form"
         )
-    _check_placeholders(input_ids, attention_mask, pixel_values.shape[0], full, placeholder)
+    prompt = Placeholders.find(input_ids, attention_mask, placeholder, pixel_values.shape[0], parts.tokens)
+    if prompt.known_length(parts.policy) is not None:
+        prompt.check_on_device(input_ids, attention_mask, placeholder)
 
-    tower = inner.vision_tower
-    vit_tokens = tower(pixel_values=pixel_values.to(dtype=tower.dtype))[0]
-    p = parts.probabilities(vit_tokens)
-    images = tiles_per_image(input_ids, p.shape[0], full, placeholder)
-    compress = decide(p, parts.policy, images, tokens)
-    parts.last = LastCall(p, compress, images, tokens)
-    plan, length, left = _plan(compress, parts.policy, tokens, input_ids, attention_mask, placeholder)
+    vit_tokens = inner.vision_tower(pixel_values=pixel_values.to(dtype=inner.vision_tower.dtype))[0]
+    compress = parts.decide(vit_tokens, prompt.tiles_per_image)
+    count, length, left = prompt.sizes(compress, parts.policy, attention_mask)
+    plan = RoutingPlan.from_compress(compress, parts.tokens, compressed_tiles=count)
     visual_tokens = parts.connect(vit_tokens, plan, inner.multi_modal_projector)
 
     sequence = None
@@ -237,63 +271,7 @@ def encode(
     if inputs_embeds is None:
         inputs_embeds = model.get_input_embeddings()(input_ids)
     merged = _merge(inputs_embeds, visual_tokens.to(inputs_embeds.device), input_ids == placeholder)
-    return Encoded(input_ids, merged, attention_mask, position_ids, visual_tokens, sequence)
-
-
-def _check_placeholders(input_ids: Tensor, mask: Tensor | None, tiles: int, full: int, placeholder: int) -> None:
-    none = torch.zeros(tiles, dtype=torch.bool, device=input_ids.device)
-    try:
-        VF.keep_placeholders(
-            input_ids,
-            none,
-            placeholder_id=placeholder,
-            attention_mask=None if mask is None else mask != 0,
-            full_tokens=full,
-            compressed_tokens=full // 4,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"images and prompt do not match: pixel_values hold {tiles} tiles, each of which needs {full} consecutive "
-            f"placeholders (id {placeholder}). Pass ids and pixel values of one processor call, uncompressed; with "
-            f"past_key_values only the tiles of what is new. ({error})"
-        ) from error
-
-
-def tiles_per_image(input_ids: Tensor, tiles: int, full: int, placeholder: int) -> Tensor:
-    """Tiles of each image, a run of placeholders: ``[P]``, with zeros behind them where there are fewer images."""
-    visual = input_ids == placeholder
-    starts = visual & ~F.pad(visual[:, :-1], (1, 0))
-    image = torch.where(visual, starts.flatten().cumsum(0).view_as(visual) - 1, tiles).flatten()
-    counts = torch.zeros(tiles + 1, dtype=torch.int64, device=input_ids.device)
-    return counts.scatter_add_(0, image, torch.ones_like(image))[:tiles] // full
-
-
-def _plan(
-    compress: Tensor,
-    policy: RoutingPolicy,
-    tokens: tuple[int, int],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    placeholder: int,
-) -> tuple[RoutingPlan, int, bool]:
-    """The plan, the length L' of the rows, and whether the batch is padded on the left, with one host sync for all."""
-    full, compressed = tokens
-    rows, length = input_ids.shape
-    count = policy.compressed_tiles(compress.shape[0], tokens)
-    if rows == 1:
-        plan = RoutingPlan.from_compress(compress, tokens, compressed_tiles=count)
-        return plan, length - plan.compressed_tiles * (full - compressed), False
-    _, kept = VF.keep_placeholders(
-        input_ids,
-        compress,
-        placeholder_id=placeholder,
-        attention_mask=None if attention_mask is None else attention_mask != 0,
-        full_tokens=full,
-        compressed_tokens=compressed,
-    )
-    left = torch.zeros_like(kept[0]) if attention_mask is None else (attention_mask[:, 0] == 0).any()
-    count, length, is_left = torch.stack([compress.sum(), kept.max(), left]).tolist()
-    return RoutingPlan.from_compress(compress, tokens, compressed_tiles=count), length, bool(is_left)
+    return Encoded(input_ids, merged, attention_mask, position_ids, vit_tokens, visual_tokens, sequence)
 
 
 def _merge(inputs_embeds: Tensor, visual_tokens: Tensor, is_visual: Tensor) -> Tensor:
