@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ CONTEXT.set_forkserver_preload(["vico_ext.training.trainer", "transformers.model
 def child(options: Any, environment: dict[str, str]) -> None:
     """A training process."""
     os.environ.update(environment)
+    torch.set_num_threads(1)  # the layers are tiny, and processes many
     from vico_ext.training.trainer import train
 
     train(options)
@@ -202,9 +204,25 @@ def test_bad_lines_are_skipped_and_counted_or_stop_the_run(model, tmp_path):
             train(consistency(model, path, tmp_path / option, **{**skip, option: "stop"}))
 
 
-def test_losses_that_are_not_finite(model, data, tmp_path):
+def test_losses_that_are_not_finite_are_left_out_or_stop_the_run(model, data, tmp_path):
+    from safetensors.torch import load_file, save_file
+
     from vico_ext.training.trainer import TrainingStoppedError, train
 
     broken = tmp_path / "model"
-    patched = vico_ext.load_internvl(save_model(broken)) if False else None
-    assert patched is None
+    shutil.copytree(model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"][:] = 1e38  # logits overflow
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        TrainingStoppedError, match=r"line \d+: the loss is not finite; step 1 .*on_nonfinite_loss: skip"
+    ):
+        train(consistency(broken, data, tmp_path / "stop"))
+    out = tmp_path / "skip"
+    train(consistency(broken, data, out, steps=2, on_nonfinite_loss="skip"))
+    assert losses(out) == [None, None]
+    assert metrics(out)[-1]["skipped"] == {"record": 0, "image": 0, "loss": 8, "steps": 2}
+    noted = [json.loads(line) for line in (out / "problems-0.jsonl").read_text().splitlines()]
+    assert len({p["line"] for p in noted if p["step"] == 1}) == 4
+    after = load_file(out / "model" / "model.safetensors")
+    assert all(torch.equal(weights[name], after[name]) for name in weights)  # not one step was taken

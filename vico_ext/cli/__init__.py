@@ -18,11 +18,8 @@ Dynamic visual resolution for InternVL: each image tile gets 256 or 64 visual to
 Start here:
   vico demo                                       see it work on a few images (random weights, no download)
   vico route page.png --model DIR --out routed    which tiles of your image are compressed, with a real checkpoint
-<<<<<<< HEAD
   vico train consistency --help                   make a Flash model from your InternVL
-=======
   vico convert DIR NEW                            a Flash checkpoint for transformers, or back
->>>>>>> hf
   vico info                                       what is installed
 """
 

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     require_training()
     import torch
     from tqdm import tqdm
+    from transformers.utils import logging
 
     from vico_ext.checkpoint import CheckpointFiles
     from vico_ext.cli.errors import CliError
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from vico_ext.training.options import EvalOptions, to_dict
     from vico_ext.training.setup import load_dtype, load_reference, read_data
 
+    logging.set_verbosity_error()
     options: EvalOptions = given_options(args, EvalOptions)
     try:
         specs = [parse_policy(text) for text in options.policies]
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     bar: Any = tqdm(unit="batch", disable=None)
 
     def progress(name: str, done: int, total: int) -> None:
-        if bar.desc != f"{name}: ":
+        if done == 1:
             bar.reset(total=total)
             bar.set_description(name)
         bar.update(1)

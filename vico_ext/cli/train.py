@@ -54,8 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_training()
+    from transformers.utils import logging
+
     from vico_ext.training.trainer import train
 
+    logging.set_verbosity_error()
     options: Any = given_options(args, args.kind)
     if options.tensorboard:
         _require_tensorboard()

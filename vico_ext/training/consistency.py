@@ -81,11 +81,7 @@ class ConsistencyModule(nn.Module):
         given = (plan, batch.input_ids, batch.attention_mask, batch.predict, config.image_token_id)
         own = answer_hidden(self.policy.model.language_model, visual, *given)
         counts = batch.answer_tokens
-        of_row = (
-            scale / counts
-            if self.options.average_over == "sample"
-            else torch.full_like(counts, scale, dtype=torch.float32)
-        )
+        share = counts if self.options.average_over == "sample" else torch.ones_like(counts)
         loss, parts = answer_divergence(
             hidden,
             self.reference.head,
