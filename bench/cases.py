@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from consistency import SMOKE_WORDS, WORDS
+from consistency import consistency_loss as consistency_contenders
 from contenders import (
     NUM_HEADS,
     RELATIVE,
@@ -48,6 +50,8 @@ class Size:
 
 
 B1, B8 = Size("1B", 1024, 1024), Size("8B", 1024, 4096)
+# What a CPU can do of the consistency loss: the whole vocabulary, small hidden states.
+H64, H256 = Size("H64", 64, 64), Size("H256", 256, 256)
 SMOKE = Size("smoke", 64, 96)
 
 
@@ -287,6 +291,10 @@ def skinny_linear(size: Size, tiles: int) -> Contenders:
     return _op(F.linear, VF.skinny_linear, x, weight)
 
 
+def consistency_loss(size: Size, tiles: int) -> Contenders:
+    return consistency_contenders(size.llm, tiles, SMOKE_WORDS if size is SMOKE else WORDS, compiled)
+
+
 def plan(size: Size, tiles: int) -> Contenders:
     p = torch.rand(tiles)
 
@@ -327,6 +335,8 @@ OPS = [
     Case("attention_pool", B1, 1, attention_pool, rounds=41),
     Case("skinny_linear", B1, 8, skinny_linear, rounds=41),
     Case("skinny_linear", B1, 1, skinny_linear, rounds=41),
+    Case("consistency_loss_training", H64, 16, consistency_loss, rounds=5, memory=True),
+    Case("consistency_loss_training", H256, 16, consistency_loss, rounds=5, memory=True),
     Case("plan", B1, 8, plan, rounds=101),
     Case("plan", B1, 96, plan, rounds=101),
 ]

@@ -67,4 +67,22 @@ STABLE_TORCH_LIBRARY(vico, m) {
       "compress_sequence(Tensor input_ids, Tensor keep, int placeholder, SymInt length, bool pad_left) -> "
       "(Tensor position, Tensor source)");
   m.def("renumber_positions(Tensor position_ids, Tensor position) -> Tensor");
+
+  // divergence of a policy's next-token distribution from a reference's, per token, from hidden states [T, H], [T,
+  // H_ref] and heads [V, H], [V, H_ref]; beta 0: forward KL, 1: reverse KL, between: JSD. The gradients come with it:
+  // per token for the hidden states, weighted and summed for the head. Composed of the kernels below
+  // (vico_ext/ops/consistency.py).
+  m.def(
+      "consistency_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
+      "Tensor? ref_bias, Tensor? token_weights, float temperature, float beta, bool need_hidden, bool need_weight, "
+      "bool need_bias, int block_tokens=0) -> (Tensor total, Tensor loss, Tensor lse, Tensor ref_lse, "
+      "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  // its kernels on one chunk of the vocabulary: logits [rows, words] of both models, running state [rows, 6]
+  m.def(
+      "consistency_statistics_(Tensor(a!) policy, Tensor(b!) reference, Tensor(c!) state, Tensor? policy_bias, "
+      "Tensor? reference_bias, float beta, float temperature) -> ()");
+  m.def("consistency_mixture_(Tensor policy, Tensor reference, Tensor(a!) state, float beta) -> ()");
+  m.def(
+      "consistency_gradient_(Tensor(a!) policy, Tensor reference, Tensor state, float beta, float temperature) -> ()");
+  m.def("consistency_result(Tensor state, float beta) -> (Tensor loss, Tensor lse, Tensor ref_lse)");
 }

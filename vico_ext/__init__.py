@@ -5,7 +5,7 @@ from vico_ext import _load, ops  # noqa: F401  (first: loads the compiled ops, o
 from vico_ext import functional, reference
 from vico_ext.checkpoint import FlashCheckpointError, FlashWeights, load_flash, save_flash
 from vico_ext.integrations import load_internvl, patch_internvl, unpatch_internvl
-from vico_ext.modules import FusedConnector, VisualResolutionRouter
+from vico_ext.modules import ConsistencyLoss, FusedConnector, VisualResolutionRouter
 from vico_ext.routing import (
     BudgetPolicy,
     PerImagePolicy,
@@ -21,6 +21,7 @@ from vico_ext.tokens import CompressedSequence, compress_sequence, merge_visual_
 __all__ = [
     "BudgetPolicy",
     "CompressedSequence",
+    "ConsistencyLoss",
     "FlashCheckpointError",
     "FlashWeights",
     "FusedConnector",

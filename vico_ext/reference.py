@@ -10,7 +10,7 @@ Sources: ViCO (arXiv 2510.12793), InternVL3.5 (arXiv 2508.18265) and the release
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isqrt
+from math import isqrt, log, log1p
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "connector",
     "connector_64",
     "connector_256",
+    "consistency_loss",
     "merge_tokens",
     "normalized_shuffle",
     "pixel_shuffle",
@@ -207,3 +208,37 @@ def compress_sequence(
         if compress[tile]:
             keep[own[compressed_tokens:]] = False
     return keep.view_as(input_ids)
+
+
+def consistency_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    beta: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence of the policy's next-token distribution q from the reference's p, per token: [T], and both lse [T].
+
+    z = (hidden weight^T + bias) / temperature, q = softmax(z), lse = logsumexp(z); likewise p, from ref_hidden
+    [T, H_ref] and ref_weight [vocabulary, H_ref]. ``beta`` 0: the forward KL(p || q) that ViCO minimises; 1: the
+    reverse KL(q || p); between: beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+    """
+    z = F.linear(hidden, weight, bias) / temperature
+    ref_z = F.linear(ref_hidden, ref_weight, ref_bias) / temperature
+    log_q, log_p = z.log_softmax(-1), ref_z.log_softmax(-1)
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
+
+    if beta == 0:
+        loss = kl(log_p, log_q)
+    elif beta == 1:
+        loss = kl(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p + log(beta), log_q + log1p(-beta))
+        loss = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    return loss, z.logsumexp(-1), ref_z.logsumexp(-1)

@@ -1,6 +1,7 @@
 """Functions on tensors: what the modules are made of. Shapes: P tiles, N tokens per tile, V ViT width, H LLM width."""
 
 from vico_ext.functional.connector import bias_gelu, connector, pack_tokens
+from vico_ext.functional.consistency import ConsistencyLossOutput, consistency_loss
 from vico_ext.functional.router import attention_pool, router_gate, router_pool, skinny_linear
 from vico_ext.functional.routing import checked_probabilities, plan_tokens, released_route
 from vico_ext.functional.shuffle import normalized_shuffle, pixel_shuffle
@@ -15,11 +16,13 @@ from vico_ext.functional.tokens import (
 )
 
 __all__ = [
+    "ConsistencyLossOutput",
     "attention_pool",
     "bias_gelu",
     "checked_probabilities",
     "compress_positions",
     "connector",
+    "consistency_loss",
     "gather_tokens",
     "keep_placeholders",
     "merge_tokens",

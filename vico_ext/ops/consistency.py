@@ -1,0 +1,318 @@
+"""consistency_loss: the op composed of torch's matrix products and the compiled kernels; fake kernels and gradient.
+
+Tokens are taken in blocks, the vocabulary in chunks. A block's logits of both models live in one workspace of bounded
+size. Round one multiplies a chunk of both heads and takes the logits, still in cache, into the tokens' running
+log-sum-exps and divergence; the last round turns each chunk of policy logits into dL/dlogits in place and multiplies
+it back. So every product of eager PyTorch is computed once and none twice: two for the logits, one for the gradient of
+the hidden states, one for the head's where it is wanted.
+
+Gradients. A token's loss depends on its own hidden state alone, so ``grad_hidden`` holds dL_t/dh_t, unscaled, and
+backward multiplies row t by whatever arrives for token t: right for any reduction. The head's gradient is a sum over
+tokens, whose coefficients must be known when it is taken: ``grad_weight`` is that of ``total`` = sum_t w_t L_t, and
+backward scales it. If a gradient arrives for the per-token losses instead, backward runs the op once more with the
+coefficients that arrived as token weights: two products more, in the same bounded memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_FIELDS = 6  # of a token's running state: ConsistencyRow in csrc/consistency/consistency.h
+_CHUNK_WORDS = 8192  # a block's logits of a chunk stay in cache, and there are few chunks to wait for
+_WORKSPACE = 256 << 20  # bytes for a block's logits
+_MOST_BLOCK_TOKENS = 1024
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _accumulate(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _block_size(tokens: int, words: int, itemsize: int, wanted: int) -> int:
+    """Tokens per block: as asked, or as many as the workspace holds; blocks are of about one size."""
+    most = wanted or max(16, min(_MOST_BLOCK_TOKENS, _WORKSPACE // max(1, 2 * words * itemsize)))
+    blocks = -(-tokens // most)
+    return -(-tokens // max(1, blocks))
+
+
+class _Chunk(NamedTuple):
+    """A chunk of the vocabulary: rows of both heads, and the workspace for a block's logits."""
+
+    weight: Tensor  # [words, H]
+    ref_weight: Tensor  # [words, H_ref]
+    bias: Tensor | None
+    ref_bias: Tensor | None
+    logits: Tensor  # [block, words]
+    ref_logits: Tensor
+
+
+def _chunks(
+    weight: Tensor, bias: Tensor | None, ref_weight: Tensor, ref_bias: Tensor | None, block: int, dtype: torch.dtype
+) -> list[_Chunk]:
+    def split(t: Tensor | None) -> tuple[Tensor, ...] | list[None]:
+        return [None] * count if t is None else t.to(dtype).split(_CHUNK_WORDS)
+
+    weights = weight.split(_CHUNK_WORDS)
+    count = len(weights)
+    return [
+        _Chunk(w, ref_w, b, ref_b, *(w.new_empty(block, len(w), dtype=dtype) for _ in range(2)))
+        for w, ref_w, b, ref_b in zip(
+            weights, ref_weight.split(_CHUNK_WORDS), split(bias), split(ref_bias), strict=True
+        )
+    ]
+
+
+def _consistency_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    token_weights: Tensor | None,
+    temperature: float,
+    beta: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    block_tokens: int = 0,
+) -> tuple[Tensor, ...]:
+    _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, token_weights)
+    _check_numbers(temperature, beta, block_tokens)
+    dtype = _accumulate(hidden)
+    tokens, words = hidden.shape[0], weight.shape[0]
+    # Tokens of weight 0 are not computed at all.
+    active = None if token_weights is None else token_weights.nonzero()[:, 0]
+    if active is not None and len(active) == tokens:
+        active = None
+    count = tokens if active is None else len(active)
+    loss, lse, ref_lse = (hidden.new_zeros(tokens, dtype=dtype) for _ in range(3))
+    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
+    grad_weight = weight.new_zeros(weight.shape if need_weight else (0,), dtype=dtype)
+    grad_bias = weight.new_zeros(words if need_bias else 0, dtype=dtype)
+    block = _block_size(count, words, dtype.itemsize, block_tokens)
+    chunks = _chunks(weight, bias, ref_weight, ref_bias, block, dtype) if count else []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for begin in range(0, count, max(block, 1)):
+            rows: Any = slice(begin, min(begin + block, count))
+            if active is not None:
+                rows = active[rows]
+            h = hidden[rows].to(dtype)
+            state = _logits(chunks, h, ref_hidden[rows].to(dtype), beta, temperature)
+            block_weights = h.new_ones(len(h)) if token_weights is None else token_weights[rows]
+            result = [r.to(dtype) for r in torch.ops.vico.consistency_result(state, beta)]
+            loss[rows], lse[rows], ref_lse[rows] = result[0] * block_weights, *result[1:]
+            if need_hidden or need_weight or need_bias:
+                block_grad = _gradients(
+                    chunks,
+                    h,
+                    block_weights,
+                    state,
+                    beta,
+                    temperature,
+                    need_hidden,
+                    grad_weight.split(_CHUNK_WORDS) if need_weight else None,
+                    grad_bias.split(_CHUNK_WORDS) if need_bias else None,
+                )
+                if need_hidden:
+                    grad_hidden[rows] = block_grad
+    return loss.sum(), loss, lse, ref_lse, grad_hidden, grad_weight, grad_bias
+
+
+def _logits(chunks: list[_Chunk], h: Tensor, ref_h: Tensor, beta: float, temperature: float) -> Tensor:
+    """Leaves the block's scaled logits in the chunks; the tokens' state."""
+    state = h.new_zeros(len(h), _FIELDS, dtype=torch.float64)
+    state[:, 0:4:2] = -torch.inf  # the maxima of no words
+    for c in chunks:
+        z, ref_z = c.logits[: len(h)], c.ref_logits[: len(h)]
+        torch.mm(h, c.weight.to(h.dtype).t(), out=z)
+        torch.mm(ref_h, c.ref_weight.to(h.dtype).t(), out=ref_z)
+        torch.ops.vico.consistency_statistics_(z, ref_z, state, c.bias, c.ref_bias, beta, temperature)
+    if 0 < beta < 1:
+        for c in chunks:
+            torch.ops.vico.consistency_mixture_(c.logits[: len(h)], c.ref_logits[: len(h)], state, beta)
+    return state
+
+
+def _gradients(
+    chunks: list[_Chunk],
+    h: Tensor,
+    block_weights: Tensor,
+    state: Tensor,
+    beta: float,
+    temperature: float,
+    need_hidden: bool,
+    grad_weight: tuple[Tensor, ...] | None,
+    grad_bias: tuple[Tensor, ...] | None,
+) -> Tensor:
+    """Adds to the chunks' ``grad_weight`` and ``grad_bias``; the unscaled gradient of ``h``. Consumes the logits."""
+    grad_h = torch.zeros_like(h)
+    weighted = h * block_weights[:, None]
+    for i, c in enumerate(chunks):
+        grad = c.logits[: len(h)]
+        torch.ops.vico.consistency_gradient_(grad, c.ref_logits[: len(h)], state, beta, temperature)
+        if need_hidden:
+            grad_h.addmm_(grad, c.weight.to(h.dtype))
+        if grad_weight is not None:
+            grad_weight[i].addmm_(grad.t(), weighted)
+        if grad_bias is not None:
+            grad_bias[i].addmv_(grad.t(), block_weights)
+    return grad_h
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    token_weights: Tensor | None,
+) -> None:
+    """Raises ValueError or TypeError for tensors that do not go together; reads no values."""
+    sums = _accumulate(hidden)
+    models = (("", hidden, weight, bias), ("ref_", ref_hidden, ref_weight, ref_bias))
+    for prefix, h, w, b in models:
+        if h.dtype not in _DTYPES:
+            raise TypeError(f"{prefix}hidden must be float32, float64, bfloat16 or float16, got {h.dtype}")
+        if w.dtype != h.dtype:
+            raise TypeError(f"{prefix}weight must have the dtype of {prefix}hidden, {h.dtype}, got {w.dtype}")
+        if b is not None and b.dtype not in (h.dtype, _accumulate(h)):
+            raise TypeError(f"{prefix}bias must be {h.dtype} like {prefix}hidden, or {_accumulate(h)}, got {b.dtype}")
+    if _accumulate(ref_hidden) != sums:
+        raise TypeError(
+            f"hidden and ref_hidden must both be float64 or neither, got {hidden.dtype} and {ref_hidden.dtype}"
+        )
+    if token_weights is not None and token_weights.dtype != sums:
+        raise TypeError(f"token_weights must be {sums} beside hidden of {hidden.dtype}, got {token_weights.dtype}")
+    for prefix, h, w, b in models:
+        if h.dim() != 2:
+            raise ValueError(f"{prefix}hidden must have shape [tokens, width], got {list(h.shape)}")
+        if w.dim() != 2 or w.shape[1] != h.shape[1]:
+            raise ValueError(
+                f"{prefix}weight must have shape [vocabulary, {h.shape[1]}] to fit {prefix}hidden of shape "
+                f"{list(h.shape)}, got {list(w.shape)}"
+            )
+        if b is not None and b.shape != w.shape[:1]:
+            raise ValueError(f"{prefix}bias must have shape [{w.shape[0]}], got {list(b.shape)}")
+    if ref_hidden.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"hidden and ref_hidden must hold the same tokens, got {hidden.shape[0]} and {ref_hidden.shape[0]}"
+        )
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"weight and ref_weight must have one vocabulary, got {weight.shape[0]} and {ref_weight.shape[0]} words"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight must hold at least one word, got an empty vocabulary")
+    if token_weights is not None and token_weights.shape != hidden.shape[:1]:
+        raise ValueError(f"token_weights must have shape [{hidden.shape[0]}], got {list(token_weights.shape)}")
+
+
+def _check_numbers(temperature: float, beta: float, block_tokens: int) -> None:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    if block_tokens < 0:
+        raise ValueError(f"block_tokens must be positive, or 0 for automatic, got {block_tokens}")
+
+
+torch.library.impl("vico::consistency_loss", "CPU", _consistency_loss)
+
+
+@torch.library.register_fake("vico::consistency_loss")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    token_weights: Tensor | None,
+    temperature: float,
+    beta: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    block_tokens: int = 0,
+) -> tuple[Tensor, ...]:
+    dtype = _accumulate(hidden)
+    per_token = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+    return (
+        hidden.new_empty((), dtype=dtype),
+        *per_token,
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("vico::consistency_statistics_")
+def _(
+    policy: Tensor,
+    reference: Tensor,
+    state: Tensor,
+    policy_bias: Tensor | None,
+    reference_bias: Tensor | None,
+    beta: float,
+    temperature: float,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("vico::consistency_mixture_")
+def _(policy: Tensor, reference: Tensor, state: Tensor, beta: float) -> None:
+    return None
+
+
+@torch.library.register_fake("vico::consistency_gradient_")
+def _(policy: Tensor, reference: Tensor, state: Tensor, beta: float, temperature: float) -> None:
+    return None
+
+
+@torch.library.register_fake("vico::consistency_result")
+def _(state: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    loss, lse, ref_lse = (state.new_empty(state.shape[0]) for _ in range(3))
+    return loss, lse, ref_lse
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.temperature, ctx.beta, need_hidden, need_weight, need_bias, ctx.block_tokens = inputs
+    ctx.held = (need_hidden, need_weight, need_bias)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[4:])
+
+
+def _backward(ctx: Any, grad_total: Tensor | None, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[:3]
+    if not any(wanted) or (grad_total is None and grad_loss is None):
+        return (None,) * 13
+    if torch.is_grad_enabled():
+        raise NotImplementedError("consistency_loss has first derivatives only: call backward without create_graph")
+    *tensors, token_weights, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+    hidden, weight, bias = tensors[:3]
+    # What arrived for each token's unweighted loss.
+    arrived: Any = sum(g for g in (grad_total, grad_loss) if g is not None)
+    arrived = arrived.expand(len(hidden)) if token_weights is None else arrived * token_weights
+    held = ctx.held if grad_loss is None else (ctx.held[0], False, False)
+    missing = [want and not have for want, have in zip(wanted, held, strict=True)]
+    if any(missing):
+        *_, new_hidden, new_weight, new_bias = torch.ops.vico.consistency_loss(
+            *tensors, arrived.contiguous(), ctx.temperature, ctx.beta, *missing, ctx.block_tokens
+        )
+    grads: list[Tensor | None] = [None] * 13
+    if wanted[0]:
+        grads[0] = ((new_hidden if missing[0] else grad_hidden) * arrived[:, None]).to(hidden.dtype)
+    if wanted[1]:
+        grads[1] = (new_weight if missing[1] else grad_weight * grad_total).to(weight.dtype)
+    if wanted[2]:
+        grads[2] = (new_bias if missing[2] else grad_bias * grad_total).to(bias.dtype)
+    return tuple(grads)
+
+
+torch.library.register_autograd("vico::consistency_loss", _backward, setup_context=_setup_context)
