@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vico_ext.cli.visual_side import VisualSide
+    from vico_ext.cli.visual_side import Routed, VisualSide
 
 SUMMARY = "see it work: photographs and pages through a small InternVL, released semantics against vico_ext"
 DESCRIPTION = """\
@@ -110,18 +110,13 @@ def _compare(model: VisualSide, tiled: Any, policy: Any) -> _Comparison:
 
     import torch
 
-    import vico_ext
-    from vico_ext.cli.visual_side import Routed, tokens_per_tile
-
     def timed(work: Callable[[], Any]) -> tuple[float, Any]:
         start = time.perf_counter()
         result = work()
         return (time.perf_counter() - start) * 1e3, result
 
     def ours() -> Routed:
-        p = model.router(vit_tokens)
-        plan = vico_ext.plan_routing(p, policy, tiles_per_image=[tiled.tiles], tokens=tokens_per_tile(vit_tokens))
-        return Routed(p, plan, model.connector(vit_tokens, plan))
+        return model.route(vit_tokens, policy, [tiled.tiles])
 
     vit_ms, vit_tokens = timed(lambda: model.vit_tokens(tiled.pixel_values, 8))
     with torch.no_grad():

@@ -24,6 +24,7 @@ from vico_ext.integrations.internvl_visual import (
     Encoded,
     VicoParts,
     cache_of,
+    check_flash,
     check_policy,
     encode,
     policy_of,
@@ -76,6 +77,7 @@ def patch_internvl(
         connector, router = FusedConnector(vit, llm), VisualResolutionRouter(vit)
     else:
         weights = flash if isinstance(flash, FlashWeights) else load_flash(flash)
+        check_flash(weights)
         if (weights.vit_hidden, weights.llm_hidden) != (vit, llm):
             raise ValueError(
                 f"the Flash weights are for a ViT of width {weights.vit_hidden} and a language model of width "

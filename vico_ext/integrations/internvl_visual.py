@@ -26,7 +26,7 @@ from vico_ext.routing import (
 )
 from vico_ext.tokens import CompressedSequence, compress_sequence
 
-__all__ = ["NO_ROWS_APART", "Encoded", "VicoParts", "cache_of", "check_policy", "encode", "policy_of"]
+__all__ = ["NO_ROWS_APART", "Encoded", "VicoParts", "cache_of", "check_flash", "check_policy", "encode", "policy_of"]
 
 NO_ROWS_APART = (
     "new images with a filled cache (past_key_values) work for one row only: compression gives rows different lengths, "
@@ -130,6 +130,15 @@ def cache_of(holder: dict[str, Any]) -> Any:
     """The key-value cache among keyword arguments or in a model's output, by either of its names in transformers."""
     cache = dict.get(holder, "cache")  # unbound: outputs that answer to both names warn when asked by the old one
     return dict.get(holder, "past_key_values") if cache is None else cache
+
+
+def check_flash(weights: Any) -> None:
+    """Raises a ValueError for Flash weights that were trained on another pixel shuffle than transformers' InternVL."""
+    if weights.config.get("ps_version", "v2") != "v2":
+        raise ValueError(
+            f"the Flash checkpoint has ps_version {weights.config['ps_version']!r}, transformers' InternVL shuffles "
+            "pixels as 'v2': use vico_ext.FusedConnector with ps_version='v1' in a model of your own"
+        )
 
 
 def check_policy(policy: Any) -> None:
