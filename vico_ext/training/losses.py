@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from vico_ext import functional as VF
 
 __all__ = ["answer_divergence", "row_means"]
 
@@ -23,6 +24,8 @@ def answer_divergence(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum over answer tokens of the divergence of two models, and each token's part.
 
+    :func:`vico_ext.functional.consistency_loss`, which holds no logits of all tokens, on a model's Linear heads.
+
     Args:
         reference: ``[N, H_ref]`` hidden states; no gradient goes there.
         reference_head: its Linear to the vocabulary.
@@ -36,26 +39,19 @@ def answer_divergence(
     Returns:
         The sum, differentiable; and ``[N]`` without gradient. float32, or float64 for float64 hidden states.
     """
-    with torch.autocast(policy.device.type, enabled=False):
-        r = _log_probabilities(reference.detach(), reference_head, temperature).detach()
-        p = _log_probabilities(policy, policy_head, temperature)
-        if divergence == "forward_kl":
-            loss = F.kl_div(p, r, reduction="none", log_target=True).sum(-1)
-        elif divergence == "reverse_kl":
-            loss = F.kl_div(r, p, reduction="none", log_target=True).sum(-1)
-        else:
-            mixture = torch.logaddexp(r, p) - torch.tensor(2.0).log()
-            halves = [F.kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (r, p)]
-            loss = (halves[0] + halves[1]) / 2
-        if weights is not None:
-            loss = loss * weights
-    return loss.sum(), loss.detach()
-
-
-def _log_probabilities(hidden: Tensor, head: Any, temperature: float) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return (F.linear(hidden.to(dtype), head.weight.to(dtype), bias) / temperature).log_softmax(-1)
+    out = VF.consistency_loss(
+        policy,
+        policy_head.weight,
+        reference,
+        reference_head.weight,
+        bias=policy_head.bias,
+        ref_bias=reference_head.bias,
+        token_weights=weights,
+        temperature=temperature,
+        divergence=divergence,
+        reduction="sum",
+    )
+    return out.loss, out.token_loss.detach()
 
 
 def row_means(values: Tensor, counts: Tensor) -> Tensor:
