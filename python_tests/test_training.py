@@ -15,11 +15,7 @@ from tiny_training import consistency, metrics, router, save_data, save_model, t
 
 import vico_ext
 from vico_ext import cli
-
-for module in ("transformers", "accelerate", "peft"):
-    pytest.importorskip(module)
-
-from vico_ext.training import ConsistencyOptions, RouterOptions, build_options, read_yaml
+from vico_ext.training import ConsistencyOptions, build_options, read_yaml
 from vico_ext.training.batches import BatchOrder, Draw, MicroBatch
 from vico_ext.training.chat import Turn
 from vico_ext.training.consistency import draw_rates
@@ -30,6 +26,9 @@ from vico_ext.training.records import BadRecordError, parse_record
 from vico_ext.training.router import RatioWindow
 from vico_ext.training.setup import read_data, set_up
 from vico_ext.training.trainer import learning_rate, train
+
+for module in ("transformers", "accelerate", "peft"):
+    pytest.importorskip(module)
 
 PATHS = {"model": "m", "data": "d", "out": "o"}
 
@@ -66,7 +65,8 @@ def data(tmp_path_factory):
 
 def test_options_come_from_defaults_then_yaml_then_flags(tmp_path):
     (tmp_path / "run.yaml").write_text("model: m\ndata: d\nout: o\nprecision: no\nbatch: 8\nlearning_rate: 1e-3\n")
-    options = build_options(ConsistencyOptions, read_yaml(tmp_path / "run.yaml"), {"batch": "16", "tensorboard": "false"})
+    flags = {"batch": "16", "tensorboard": "false"}
+    options = build_options(ConsistencyOptions, read_yaml(tmp_path / "run.yaml"), flags)
     assert (options.batch, options.learning_rate, options.precision) == (16, 1e-3, "no")
     assert (options.tensorboard, options.train) == (False, "llm")
 
@@ -78,7 +78,7 @@ def test_options_come_from_defaults_then_yaml_then_flags(tmp_path):
         ({**PATHS, "bach": 3}, "there is no option bach: did you mean batch?"),
         ({**PATHS, "batch": "2.5"}, "batch must be a whole number, got '2.5'"),
         ({**PATHS, "batch": 0}, "batch must be at least 1, got 0"),
-        ({**PATHS, "train": "everything"}, "train must be one of connector64, connectors, llm, all, lora, got 'everything'"),
+        ({**PATHS, "train": "more"}, "train must be one of connector64, connectors, llm, all, lora, got 'more'"),
         ({**PATHS, "compress_share": 2}, "compress_share must be from 0 to 1, got 2"),
         ({**PATHS, "thumbnail": "maybe"}, "thumbnail must be true or false, got 'maybe'"),
         ({**PATHS, "batch": 6, "micro_batch": 4}, "batch must be a multiple of micro_batch, got 6 and 4"),
@@ -126,8 +126,10 @@ def test_malformed_records(bad, message):
 
 
 def test_conversations_as_tokens(model, data):
-    samples = read_data(consistency(model, data, Path("o"), system="be brief"), load_model(model, torch.float32, 0)[0].config, measure=False)
-    turns = [Turn("user", "<image>\nwhat?"), Turn("assistant", "seven"), Turn("user", "sure?"), Turn("assistant", "yes")]
+    config = load_model(model, torch.float32, 0)[0].config
+    samples = read_data(consistency(model, data, Path("o"), system="be brief"), config, measure=False)
+    said = [("user", "<image>\nwhat?"), ("assistant", "seven"), ("user", "sure?"), ("assistant", "yes")]
+    turns = [Turn(*turn) for turn in said]
     chat = samples.encoder.encode(turns, [2])
     assert chat.input_ids.count(IMAGE) == 2 * FULL
     learned = [token for token, answer in zip(chat.input_ids, chat.answer, strict=True) if answer]
@@ -182,7 +184,7 @@ def test_connector_64_starts_as_average_pooling_of_connector_256():
     norm, first, _, second = connector.mlp1
     connector_64_from_256(connector.mlp2, tuple((layer.weight, layer.bias) for layer in (norm, first, second)))
     vit = torch.randn(3, 65, 8, dtype=torch.float64)
-    blocks = vico_ext.reference.pixel_shuffle(vit, 2).view(3, 2, 2, 2, 2, 32)  # tile, row, in row, column, in column, 4V
+    blocks = vico_ext.reference.pixel_shuffle(vit, 2).view(3, 2, 2, 2, 2, 32)  # row, in row, column, in column
     jointly = blocks.permute(0, 1, 3, 2, 4, 5).reshape(3, 4, 4 * 32)  # what the 16V norm sees, in another order
     scaled = F.layer_norm(jointly, (128,)).view(3, 4, 4, 32) * norm.weight + norm.bias
     want = second(F.gelu(first(scaled).mean(2)))
@@ -256,9 +258,10 @@ def test_what_trains_is_what_was_asked_for_whatever_the_reference(kind, model, d
 
 def test_a_cache_of_something_else_is_refused(model, data, tmp_path):
     train(consistency(model, data, tmp_path, train="connectors", reference="cache", steps=1))
+    cached = {"reference": "cache", "reference_cache": str(tmp_path / "reference"), "max_tiles": 3}
+    other = consistency(model, data, tmp_path / "other", train="connectors", **cached)
     with pytest.raises(ValueError, match="was made with another max_tiles: choose another reference_cache"):
-        cached = {"reference": "cache", "reference_cache": str(tmp_path / "reference"), "max_tiles": 3}
-        train(consistency(model, data, tmp_path / "other", train="connectors", **cached))
+        train(other)
 
 
 def test_a_run_goes_on_only_with_its_own_settings(model, data, tmp_path):
@@ -279,7 +282,9 @@ def test_loss_ratios_are_those_of_whole_forward_passes(others, flash, model, dat
     batch = samples.collate([samples[Draw(i, 10 + i)] for i in items[:3]])
     with torch.no_grad():
         got = run.stage.module(batch, phase="ratios")["ratios"]
-    others_drawn = draw_rates(batch, 0.5, "tile") if others == "random" else torch.zeros(sum(batch.tiles), dtype=torch.bool)
+    others_drawn = torch.zeros(sum(batch.tiles), dtype=torch.bool)
+    if others == "random":
+        others_drawn = draw_rates(batch, 0.5, "tile")
     reference, _ = load_model(model, torch.float32, 0)
     reference.model.vico.policy = NONE
     run.policy.eval()
@@ -309,14 +314,14 @@ def test_loss_ratios_are_those_of_whole_forward_passes(others, flash, model, dat
 
 def test_the_cli_trains_and_evaluates(flash, model, data, tmp_path, capsys):
     config = tmp_path / "stage2.yaml"
-    config.write_text(f"model: {flash}\ndata: {data}\nsteps: 2\nbatch: 4\nworkers: 0\ntensorboard: true\nlog_every: 1\n")
+    config.write_text(f"model: {flash}\ndata: {data}\nsteps: 2\nbatch: 4\nworkers: 0\nlog_every: 1\n")
     out = tmp_path / "stage2"
     assert cli.main(["train", "router", "--config", str(config), "--out", str(out), "--reference", str(model)]) == 0
     assert f"Trained model: {out / 'model'}" in capsys.readouterr().out
     assert list((out / "tensorboard").glob("events*"))
     report = tmp_path / "report"
-    arguments = ["--model", out / "model", "--reference", model, "--data", data, "--out", report, "--workers", "0",
-                 "--policies", "budget:0.6", "--throughput-batches", "1", "2", "--throughput-seconds", "0.01"]  # fmt: skip
+    arguments = ["--model", out / "model", "--reference", model, "--data", data, "--out", report, "--workers", 0,
+                 "--policies", "budget:0.6", "--throughput-batches", 1, 2, "--throughput-seconds", 0.01]  # fmt: skip
     assert cli.main(["eval", *map(str, arguments)]) == 0
     found = json.loads((report / "report.json").read_text())["routings"]
     assert list(found) == ["all-256", "all-64", "budget:0.6", "random as budget:0.6"]
@@ -329,7 +334,7 @@ def test_the_cli_trains_and_evaluates(flash, model, data, tmp_path, capsys):
     assert {name: family["rows"] for name, family in whole["families"].items()} == {"coarse": 8, "fine": 4}
     assert set(whole["first_token_prompts_per_s"]) == {"1", "2"}
     assert "tiles compressed" in capsys.readouterr().out
-    assert cli.main(["train", "router", "--config", str(config), "--out", str(tmp_path / "x"), "--model", str(model)]) == 2
+    assert cli.main(["train", "router", "--config", str(config), "--out", "x", "--model", str(model)]) == 2
     assert "has no 64-token connector: run stage 1" in capsys.readouterr().err
 
 
@@ -345,7 +350,3 @@ def test_evaluation_leaves_out_bad_lines_or_stops(flash, data, tmp_path, capsys)
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(p["line"], p["kind"]) for p in report["left_out"]] == [(13, "image")]
     assert report["routings"]["all-256"]["rows"] == 12
-
-
-def test_router_options_know_their_stage():
-    assert build_options(RouterOptions, PATHS).window == 2048

@@ -214,9 +214,7 @@ def test_losses_that_are_not_finite_are_left_out_or_stop_the_run(model, data, tm
     weights = load_file(broken / "model.safetensors")
     weights["language_model.lm_head.weight"][:] = 1e38  # logits overflow
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        TrainingStoppedError, match=r"line \d+: the loss is not finite; step 1 .*: skip"
-    ):
+    with pytest.raises(TrainingStoppedError, match=r"line \d+: the loss is not finite; step 1 .*: skip"):
         train(consistency(broken, data, tmp_path / "stop"))
     out = tmp_path / "skip"
     train(consistency(broken, data, out, steps=2, on_nonfinite_loss="skip"))

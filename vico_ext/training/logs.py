@@ -91,7 +91,8 @@ class RunLog:
             for name, value in {**figures, **speed}.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
-        shown = {"loss": f"{figures['loss']:.4g}", "samples/s": f"{samples / seconds:.3g}"}
+        loss = "none" if figures["loss"] is None else f"{figures['loss']:.4g}"
+        shown = {"loss": loss, "samples/s": f"{samples / seconds:.3g}"}
         if any(figures["skipped"].values()):
             shown["skipped"] = str(sum(figures["skipped"].values()))
         self._bar.set_postfix(shown)

@@ -52,11 +52,8 @@ def train(options: TrainOptions) -> Path:
         TrainingStoppedError: a bad record, image or loss where the options say stop.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
 
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=handlers)
-    trainer = Trainer(accelerator, options)
+    trainer = Trainer(Accelerator(mixed_precision=options.precision), options)
     try:
         return trainer.run()
     finally:
@@ -121,7 +118,7 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     self.checkpoints.save(state, self.settings)
                 self.accelerator.wait_for_everyone()
-        return export(self.accelerator, module, self._policy(module), self.options)
+        return export(self.accelerator, self._policy(module), self.options)
 
     def close(self) -> None:
         """Closes logs."""
