@@ -314,7 +314,7 @@ def test_loss_ratios_are_those_of_whole_forward_passes(others, flash, model, dat
 
 def test_the_cli_trains_and_evaluates(flash, model, data, tmp_path, capsys):
     config = tmp_path / "stage2.yaml"
-    config.write_text(f"model: {flash}\ndata: {data}\nsteps: 2\nbatch: 4\nworkers: 0\nlog_every: 1\n")
+    config.write_text(f"model: {flash}\ndata: {data}\nsteps: 2\nbatch: 4\nworkers: 1\nlog_every: 1\n")
     out = tmp_path / "stage2"
     assert cli.main(["train", "router", "--config", str(config), "--out", str(out), "--reference", str(model)]) == 0
     assert f"Trained model: {out / 'model'}" in capsys.readouterr().out

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_training()
+    from accelerate import PartialState
     from transformers.utils import logging
 
     from vico_ext.training.trainer import train
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if options.tensorboard:
         _require_tensorboard()
     model = train(options)
-    print(f"Trained model: {model}")
+    if PartialState().is_main_process:
+        print(f"Trained model: {model}")
     return 0
 
 

@@ -103,7 +103,8 @@ class Checkpoints:
         path = self.folder / f"step-{state.step:08d}"
         unfinished = self.folder / f".{path.name}.tmp"
         for leftover in (unfinished, path):
-            shutil.rmtree(leftover, ignore_errors=False) if leftover.exists() else None
+            if leftover.exists():
+                shutil.rmtree(leftover)
         unfinished.mkdir()
         for name, tensors in zip(_FILES, (state.weights, state.optimizer, state.stage), strict=False):
             save_file(tensors, unfinished / name)

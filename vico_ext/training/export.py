@@ -29,7 +29,7 @@ def export(accelerator: Any, policy: Any, options: TrainOptions) -> Path:
     path = Path(options.out) / "model"
     unfinished, old = path.with_name(".model.tmp"), path.with_name(".model.old")
     state: dict[str, Any] | None = None
-    if accelerator.is_fsdp2:
+    if any(hasattr(parameter, "full_tensor") for parameter in policy.parameters()):
         if getattr(options, "train", "") == "lora":
             raise ValueError(
                 "adapters cannot be merged into a sharded model; the last checkpoint is complete: run the same command "

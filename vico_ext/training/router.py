@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,7 +185,7 @@ class RouterStage:
 
     def prepare(
         self, module: nn.Module, batches: Sequence[MicroBatch], gather: Callable[[Tensor], Tensor]
-    ) -> tuple[list[MicroBatch], dict[str, float], list[Problem]]:
+    ) -> tuple[list[MicroBatch], dict[str, float | None], list[Problem]]:
         """Ratios of all tiles of the step, over all processes, into the window; then labels by tau."""
         outs = [module(batch, phase="ratios") for batch in batches]
         own = [out["ratios"].double() for out, batch in zip(outs, batches, strict=True) if not batch.blank]
@@ -201,7 +202,8 @@ class RouterStage:
             problems += [Problem("loss", line, "the loss ratio of a tile is not finite") for line in lines]
         finite = everyone[everyone.isfinite()]
         share = float((finite < tau).double().mean()) if len(finite) else 0.0
-        return made, {"tau": tau, "share_labelled_compress": share, "window": len(self.window.ratios)}, problems
+        figures = {"tau": None if math.isnan(tau) else tau, "share_labelled_compress": share}
+        return made, {**figures, "window": len(self.window.ratios)}, problems
 
     def count(self, batch: MicroBatch) -> int:
         """How many terms of the step's mean a micro-batch has."""
