@@ -73,7 +73,7 @@ class RunLog:
             entry = {"step": step, "kind": problem.kind, "line": problem.line, "message": problem.message}
             self._problems.write(json.dumps(entry) + "\n")
             if self._shown < _SHOWN:
-                tqdm.write(f"vico train: skipped {problem.kind}, {problem}", file=sys.stderr)
+                tqdm.write(f"vico train: bad {problem.kind}, {problem}", file=sys.stderr)
             elif self._shown == _SHOWN:
                 tqdm.write(f"vico train: more problems go to {self._problems.name} only", file=sys.stderr)
             self._shown += 1
