@@ -1,4 +1,4 @@
-"""Training a patched transformers InternVL: gradients, checkpointing, autocast, Trainer, LoRA, quantised layers, Liger."""
+"""Training a patched transformers InternVL: gradients, checkpointing, autocast, Trainer, LoRA."""
 
 from __future__ import annotations
 
@@ -6,26 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_internvl import ALL, IMAGE, NONE, Decide, inputs, tiny_flash, tiny_model
+from tiny_internvl import ALL, NONE, Decide, connectors, gradients, inputs, labelled, tiny_flash, tiny_model
 from torch import Tensor, nn
 
 import vico_ext
 
 pytest.importorskip("transformers")
-
-
-def labelled(*images: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
-    given = inputs(*images, side="right", seed=seed)
-    hidden = (given["attention_mask"] == 0) | (given["input_ids"] == IMAGE)
-    return {**given, "labels": given["input_ids"].masked_fill(hidden, -100)}
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def connectors(model: Any) -> list[nn.Module]:
-    return [model.model.multi_modal_projector, model.model.vico.mlp2]
 
 
 @pytest.mark.parametrize("policy", [Decide(True, False, True, False), ALL, NONE], ids=["mixed", "all", "none"])
@@ -205,94 +191,3 @@ def test_lora_on_connectors_too():
     tuned(**labelled((2,))).loss.backward()
     trained = [n for n, p in tuned.named_parameters() if p.grad is not None and "lora_B" in n]
     assert len(trained) == 5
-
-
-class Int8Linear(nn.Linear):
-    """A stand-in for a quantised layer: int8 weights, a scale per row."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.bias = linear.bias
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scale", scale)
-        self.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, (self.weight * self.scale).to(x.dtype), self.bias)
-
-
-def quantise(module: nn.Module) -> None:
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child))
-
-
-def test_a_quantised_language_model_leaves_the_visual_side_alone():
-    model = tiny_model()
-    quantise(model.model.language_model)
-    given = labelled((2,), (1, 1))
-    want = model(**given).logits
-    vico_ext.patch_internvl(model, policy=NONE)
-    assert torch.equal(model(**given).logits, want)
-    vico_ext.unpatch_internvl(model)
-    vico_ext.patch_internvl(model, tiny_flash(), Decide(True, False, True, False))
-    assert {p.dtype for p in model.model.vico.parameters()} == {torch.float32}
-    model(**given).loss.backward()
-    assert all(p.grad is not None for connector in connectors(model) for p in connector.parameters())
-    assert model.generate(**inputs((2,), (1, 1)), max_new_tokens=2).shape[0] == 2
-
-
-def test_a_quantised_projector_takes_no_checkpoint():
-    model = tiny_model()
-    quantise(model.model.multi_modal_projector)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"linear_1.weight is torch.int8 .* keep multi_modal_projector out of"):
-        vico_ext.patch_internvl(model, tiny_flash())
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert "vico" not in model.config.to_dict()
-    vico_ext.patch_internvl(model, policy=ALL)
-    model(**inputs((2,)))
-
-
-@pytest.mark.parametrize("order", ["patch first", "class first"])
-def test_a_class_wide_forward_in_either_order(order, monkeypatch):
-    """What Liger does: it replaces the forward of the class, and that of layers inside."""
-    kind = type(tiny_model())
-    stock, calls = kind.forward, []
-
-    def replacement(self: Any, input_ids: Any = None, labels: Any = None, **others: Any) -> Any:
-        calls.append(others)
-        return stock(self, input_ids=input_ids, labels=labels, **others)
-
-    def replace() -> None:
-        monkeypatch.setattr(kind, "forward", replacement)
-
-    model, given = tiny_model(), labelled((2,))
-    if order == "class first":
-        replace()
-    vico_ext.patch_internvl(model, tiny_flash(), Decide(True, False))
-    if order == "patch first":
-        replace()
-    output = model(**given)
-    assert len(calls) == 1
-    assert calls[0]["inputs_embeds"].shape[1] == output.logits.shape[1] < given["input_ids"].shape[1]
-    vico_ext.unpatch_internvl(model)
-    model(**given)
-    assert len(calls) == 2
-    assert "pixel_values" in calls[1]
-
-
-@pytest.mark.parametrize("order", ["patch first", "Liger first"])
-def test_liger(order, monkeypatch):
-    liger = pytest.importorskip("liger_kernel.transformers", exc_type=ImportError)
-    from transformers.models.internvl import modeling_internvl
-
-    monkeypatch.setattr(modeling_internvl.InternVLForConditionalGeneration, "forward", modeling_internvl.InternVLForConditionalGeneration.forward)
-    model, given = tiny_model(), labelled((2,))
-    want = vico_ext.patch_internvl(tiny_model(), tiny_flash(), Decide(True, False))(**given).loss
-    steps = [lambda: vico_ext.patch_internvl(model, tiny_flash(), Decide(True, False))]
-    steps.append(lambda: liger.apply_liger_kernel_to_internvl(model=model))
-    for step in steps if order == "patch first" else reversed(steps):
-        step()
-    torch.testing.assert_close(model(**given).loss, want, rtol=1e-3, atol=1e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vico_ext
 
@@ -139,3 +139,17 @@ def naive(model: Any, given: dict[str, Tensor], compress: list[bool]) -> list[tu
         rows.append((torch.tensor(kept), torch.cat(embeds)))
     assert tile == len(compress)
     return rows
+
+
+def labelled(*images: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
+    given = inputs(*images, side="right", seed=seed)
+    hidden = (given["attention_mask"] == 0) | (given["input_ids"] == IMAGE)
+    return {**given, "labels": given["input_ids"].masked_fill(hidden, -100)}
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def connectors(model: Any) -> list[nn.Module]:
+    return [model.model.multi_modal_projector, model.model.vico.mlp2]

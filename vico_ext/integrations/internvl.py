@@ -198,7 +198,7 @@ def _replace_projector(projector: nn.Module, mlp1: Mapping[str, Tensor]) -> dict
                 raise ValueError(
                     f"multi_modal_projector.{name}.{part} is {own.dtype} of shape {list(own.shape)} and cannot take "
                     f"that of the Flash checkpoint, {list(mlp1[key].shape)}: keep multi_modal_projector out of "
-                    "the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+                    "the quantisation (model.multi_modal_projector in llm_int8_skip_modules or modules_to_not_convert)"
                 )
             pairs.append((key, own.data, mlp1[key].to(own)))
     differing = [(key, own, new) for key, own, new in pairs if not torch.equal(own, new)]
@@ -276,33 +276,32 @@ def _forward(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
             if isinstance(value, Tensor) and value.shape == shape:
                 named[name] = encoded.take(value, -100 if name.endswith("labels") else 0)
     empty = cache is None or cache.get_seq_length() == 0
-    as_tuple = not _wants_dict(model, named)
-    output = original(
-        inputs_embeds=encoded.inputs_embeds,
-        attention_mask=mask if past_mask is None or mask is None else torch.cat([past_mask, mask], 1),
-        position_ids=encoded.position_ids,
-        **named,
-        return_dict=True,
-    )
-    if not dataclasses.is_dataclass(output):  # a wrapper around the model's own forward made something else of it
-        return output
-    _set_image_output(output, encoded)
-    filled = cache_of(output)  # type: ignore[arg-type]
+    # Hooked to the inner model's output, what the outer forward (the class's, Liger's) makes of it finds them there.
+    hook = model.model.register_forward_hook(functools.partial(_set_image_output, encoded))
+    try:
+        output = original(
+            inputs_embeds=encoded.inputs_embeds,
+            attention_mask=mask if past_mask is None or mask is None else torch.cat([past_mask, mask], 1),
+            position_ids=encoded.position_ids,
+            **named,
+        )
+    finally:
+        hook.remove()
+    filled = next((x for x in _values(output) if hasattr(x, "get_seq_length")), None)
     if filled is not None and encoded.sequence is not None:
         known = empty and input_ids is not None
         filled.vico_prompt = CompressedPrompt(input_ids, encoded.input_ids, encoded.mask) if known else UNKNOWN_PROMPT
-    return output.to_tuple() if as_tuple else output  # type: ignore[attr-defined]
+    return output
 
 
-def _wants_dict(model: Any, named: dict[str, Any]) -> bool:
-    """Whether the caller, or else the model's config, wants an output by name rather than a tuple."""
-    asked = named.pop("return_dict", None)
-    return bool(getattr(model.config, "return_dict", True) if asked is None else asked)
+def _values(output: Any) -> Any:
+    """The values of a model's output, which is a dictionary of them or a tuple."""
+    return output if isinstance(output, tuple) else output.values()
 
 
-def _set_image_output(output: Any, encoded: Encoded) -> None:
+def _set_image_output(encoded: Encoded, module: Any, args: Any, output: Any) -> None:
     """Puts the visual tokens where this version of transformers has the output of its image encoder."""
-    names = {field.name for field in dataclasses.fields(output)}
+    names = {field.name for field in dataclasses.fields(output)} if dataclasses.is_dataclass(output) else set()
     if "image_outputs" in names:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
