@@ -257,6 +257,19 @@ def test_what_trains_is_what_was_asked_for_whatever_the_reference(kind, model, d
         assert all("proj" in name for name in changed if "language_model" in name)
 
 
+@pytest.mark.parametrize("kind", ["all", "lora", "router"])
+def test_bf16_trains_in_float32_and_writes_what_it_read(kind, flash, model, data, tmp_path):
+    half = {"precision": "bf16", "steps": 1}
+    if kind == "router":
+        options: Any = router(flash, data, tmp_path, reference=str(model), others="router", **half)
+    else:
+        options = consistency(model, data, tmp_path, train=kind, reference="cache", gradient_checkpointing=True, **half)
+    train(options)
+    assert metrics(tmp_path)[0]["loss"] > 0
+    assert {t.dtype for n, t in tensors(tmp_path / "checkpoints").items() if "weights" in n} == {torch.float32}
+    assert {t.dtype for t in tensors(tmp_path / "model").values()} == {torch.bfloat16}
+
+
 def test_a_cache_of_something_else_is_refused(model, data, tmp_path):
     train(consistency(model, data, tmp_path, train="connectors", reference="cache", steps=1))
     cached = {"reference": "cache", "reference_cache": str(tmp_path / "reference"), "max_tiles": 3}

@@ -130,6 +130,7 @@ class Reference(nn.Module):
         if self.tower is not None:
             vit_tokens = vision_features(self.tower, batch.pixel_values)
         tiles = batch.tiles_of_item
+        vit_tokens = vit_tokens.to(next(self.projector.parameters()).dtype)  # a ViT that trains is in float32
         whole = self.projector(VF.pixel_shuffle(vit_tokens, 2))
         order = torch.tensor([tile for item in batch.item_of_row for tile in tiles[item]], device=whole.device)
         none = torch.zeros(len(order), dtype=torch.bool, device=whole.device)
