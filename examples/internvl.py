@@ -1,6 +1,6 @@
 """A transformers InternVL with fewer visual tokens: patched, asked about two prompts at once, compared, and put back.
 
-    python examples/internvl.py                          a small random model: nothing is downloaded, answers mean nothing
+    python examples/internvl.py                    a small random model: nothing is downloaded, answers mean nothing
     python examples/internvl.py --model DIR --image page.png --prompt "What does it say?"
 
 DIR holds a Flash checkpoint in the transformers layout (`vico convert` makes one) and the processor's files.
@@ -29,14 +29,15 @@ def main() -> None:
         model, inputs, processor = small_model(), small_inputs(), None
         vico_ext.patch_internvl(model, policy=policy)
     else:
-        model, inputs, processor = *real(args, policy),
+        model, inputs, processor = (*real(args, policy),)
     length = inputs["input_ids"].shape[1]
 
     routed = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert torch.equal(routed[:, :length].cpu(), inputs["input_ids"].cpu())  # the prompt comes back as it was given
     print(model.vico_report())
     for number, image in enumerate(model.vico_report().images):
-        share = ", ".join(f"{p:.2f}{' *' if small else ''}" for p, small in zip(image.probabilities, image.compressed))
+        tiles = zip(image.probabilities, image.compressed, strict=True)
+        share = ", ".join(f"{p:.2f}{' *' if compressed else ''}" for p, compressed in tiles)
         print(f"  image {number}: {image.tokens_before} -> {image.tokens_after} tokens; p of its tiles: {share}")
 
     vico_ext.unpatch_internvl(model)
@@ -87,7 +88,7 @@ def small_model() -> Any:
 
 
 def small_inputs() -> dict[str, torch.Tensor]:
-    """What a processor gives for two prompts, padded on the left: one with two images of 3 and 1 tiles, one with one."""
+    """What a processor gives for two prompts, padded on the left: two images of 3 and 1 tiles, and one of 2."""
     rows = [[20, 21, 7, *[9] * 48, 8, 22, 7, *[9] * 16, 8, 23], [30, 7, *[9] * 32, 8, 31, 32]]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])

@@ -1,4 +1,4 @@
-"""Whole checkpoints between the released layout and transformers': names, bits, configuration, memory, interruptions."""
+"""Whole checkpoints between the released layout and transformers': names, bits, settings, memory, interruptions."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
-    return got.keys() == want.keys() and all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in want.items())
+    return got.keys() == want.keys() and all(
+        torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in want.items()
+    )
 
 
 def test_a_released_checkpoint_becomes_a_transformers_model(released, tmp_path):
@@ -203,7 +205,9 @@ def test_killed_in_the_middle(released, tmp_path, existing):
     assert f"resumed {len(written) - 1}" in done.stdout  # the damaged one was written again
     convert_checkpoint(source, tmp_path / "fresh", max_shard_size="40KB")
     assert equal(tensors_of(target), tensors_of(tmp_path / "fresh"))
-    assert {p.name for p in target.iterdir()} - {"model.safetensors"} == {p.name for p in (tmp_path / "fresh").iterdir()}
+    assert {p.name for p in target.iterdir()} - {"model.safetensors"} == {
+        p.name for p in (tmp_path / "fresh").iterdir()
+    }
 
 
 @pytest.mark.parametrize("step", range(6))
@@ -253,11 +257,15 @@ def test_memory_is_bounded_by_one_shard(released, tmp_path):
     for i, (name, tensor) in enumerate(extra.items()):
         save_file({name: tensor}, folder / f"extra-{i}.safetensors")
     save_file(tensors, folder / "rest.safetensors")
-    where = {name: f"extra-{i}.safetensors" for i, name in enumerate(extra)} | dict.fromkeys(tensors, "rest.safetensors")
+    where = {name: f"extra-{i}.safetensors" for i, name in enumerate(extra)} | dict.fromkeys(
+        tensors, "rest.safetensors"
+    )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     for name in ("config.json", "added_tokens.json"):
         (folder / name).write_bytes((source / name).read_bytes())
-    done = subprocess.run([sys.executable, "-c", PEAK, folder, tmp_path / "hf"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, folder, tmp_path / "hf"], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 5 * shard < shards * shard / 2  # a shard as read, as mapped, and as compared with
 
 
@@ -279,7 +287,7 @@ def test_errors(released, tmp_path):
     tensors = {n: t.clone() for n, t in tensors_of(source).items()}
     config = json.loads((source / "config.json").read_text())
     write_sharded(tmp_path / "odd", {**tensors, "audio.weight": torch.zeros(1)}, config, 1)
-    with pytest.raises(FlashCheckpointError, match="audio.weight: the other layout has no place for it"):
+    with pytest.raises(FlashCheckpointError, match=r"audio\.weight: the other layout has no place for it"):
         convert_checkpoint(tmp_path / "odd", tmp_path / "a")
     for change, text in (
         ({"llm_config": {"model_type": "internlm2"}}, "language model is 'internlm2'"),

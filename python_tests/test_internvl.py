@@ -10,8 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_internvl import ALL, COMPRESSED, FULL, IMAGE, NONE, Decide, batch, inputs, naive, pixels, row
-from tiny_internvl import tiny_flash, tiny_model
+from tiny_internvl import (
+    ALL,
+    COMPRESSED,
+    FULL,
+    IMAGE,
+    NONE,
+    Decide,
+    batch,
+    inputs,
+    naive,
+    pixels,
+    row,
+    tiny_flash,
+    tiny_model,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -286,7 +299,9 @@ def test_host_syncs_and_no_loop_over_tiles(policy, rows, syncs, monkeypatch):
         lists.clear()
         with CountOps() as mode:  # with gradients, so that both connectors run whatever is decided
             encode(model, given["pixel_values"], given["input_ids"], None, given["attention_mask"])
-        items = [op for op in mode.ops if op.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.masked_sel"))]
+        items = [
+            op for op in mode.ops if op.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.masked_sel"))
+        ]
         assert len(items) + len(lists) == syncs
         counts.append(len(mode.ops))
     assert counts[0] == counts[1]
@@ -296,7 +311,9 @@ def test_errors_of_inputs(model):
     vico_ext.patch_internvl(model, policy=ALL)
     given = inputs((2,))
     short = {**given, "pixel_values": given["pixel_values"][:1]}
-    with pytest.raises(ValueError, match="hold 1 tiles, each of which needs 16 consecutive placeholders .*have 32 placeholders"):
+    with pytest.raises(
+        ValueError, match=r"hold 1 tiles, each of which needs 16 consecutive placeholders .*have 32 placeholders"
+    ):
         model(**short)
     with pytest.raises(ValueError, match="images and prompt do not match"):
         model.generate(**short, max_new_tokens=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 import vico_ext
 
 transformers = pytest.importorskip("transformers")
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache  # noqa: E402
 
 MIXED = [True, False, False, True, True, False, True, False]
 BATCH = ((2, 1), (3,), (), (1, 1))
@@ -21,9 +21,17 @@ SAMPLING = {"do_sample": True, "max_new_tokens": 6, "top_k": 20, "temperature": 
 BEAMS = {"do_sample": False, "num_beams": 3, "max_new_tokens": 6}
 MODES = pytest.mark.parametrize(
     "how",
-    [GREEDY, SAMPLING, BEAMS, {**SAMPLING, "num_return_sequences": 3}, {**BEAMS, "num_return_sequences": 2}]
-    + [{**GREEDY, "cache_implementation": "static"}, {**GREEDY, "repetition_penalty": 1.3}]
-    + [{**GREEDY, "no_repeat_ngram_size": 2}, {**GREEDY, "min_new_tokens": 5}],
+    [
+        GREEDY,
+        SAMPLING,
+        BEAMS,
+        {**SAMPLING, "num_return_sequences": 3},
+        {**BEAMS, "num_return_sequences": 2},
+        {**GREEDY, "cache_implementation": "static"},
+        {**GREEDY, "repetition_penalty": 1.3},
+        {**GREEDY, "no_repeat_ngram_size": 2},
+        {**GREEDY, "min_new_tokens": 5},
+    ],
     ids=["greedy", "sampling", "beams", "samples", "beam samples", "static", "repetition", "ngrams", "least"],
 )
 
@@ -251,7 +259,7 @@ def test_a_batch_goes_on_without_new_images_and_is_refused_with():
     want = run(model, {**whole, "pixel_values": given["pixel_values"]}, **GREEDY)
     got = run(model, whole, **GREEDY, past_key_values=one.past_key_values)
     assert torch.equal(got, want)
-    with pytest.raises(ValueError, match="new images with a filled cache .* work for one row only"):
+    with pytest.raises(ValueError, match=r"new images with a filled cache .* work for one row only"):
         run(model, {**whole, "pixel_values": pixels(1)}, **GREEDY, past_key_values=one.past_key_values)
 
 

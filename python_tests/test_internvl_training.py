@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tiny_internvl import ALL, NONE, Decide, connectors, gradients, inputs, labelled, tiny_flash, tiny_model

@@ -33,7 +33,12 @@ def tiny_config(text: str = "qwen2", **overrides: Any) -> Any:
         heads["head_dim"] = 16
     language = AutoConfig.for_model(text, **sizes, **heads, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
     return InternVLConfig(
-        vision_config=vision, text_config=language, image_token_id=IMAGE, image_seq_length=FULL, tie_word_embeddings=False, **overrides
+        vision_config=vision,
+        text_config=language,
+        image_token_id=IMAGE,
+        image_seq_length=FULL,
+        tie_word_embeddings=False,
+        **overrides,
     )
 
 

@@ -74,7 +74,7 @@ def hf_config(path: Path, config: dict[str, Any], placeholder_id: int | None) ->
 
 
 def hf_vision_config(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers' ``vision_config`` of a ``config.json`` in either layout; the one it has where that is it already."""
+    """transformers' ``vision_config`` of a ``config.json`` in either layout; unchanged where it is that already."""
     vision = {_VISION_RENAMES.get(name, name): value for name, value in config["vision_config"].items()}
     for name in _VISION_DROPPED:
         vision.pop(name, None)

@@ -92,7 +92,7 @@ def to_hf(names: Iterable[str]) -> tuple[dict[str, list[Piece]], list[str]]:
 
 
 def to_released(names: Iterable[str]) -> tuple[dict[str, list[Piece]], list[str]]:
-    """The released layout of a transformers checkpoint, patched and saved or converted; returns what :func:`to_hf` does.
+    """The released layout of a transformers checkpoint, patched and saved or converted; returned as by :func:`to_hf`.
 
     A joint projection takes the place of its first part.
     """

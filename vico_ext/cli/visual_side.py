@@ -115,7 +115,11 @@ class VisualSide:
 
     @torch.no_grad()
     def route(
-        self, vit_tokens: Tensor, policy: RoutingPolicy, tiles_per_image: Sequence[int], times: Milliseconds | None = None
+        self,
+        vit_tokens: Tensor,
+        policy: RoutingPolicy,
+        tiles_per_image: Sequence[int],
+        times: Milliseconds | None = None,
     ) -> Routed:
         """What follows the ViT, for the tiles of one call [P, 1 + N, V]."""
         times = {} if times is None else times

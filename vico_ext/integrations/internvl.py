@@ -258,7 +258,7 @@ def _forward(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     _check_features(named.pop("vision_feature_layer", None), named.pop("vision_feature_select_strategy", None))
-    shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
+    shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
     cache = cache_of(named)
     if cache is not None and shape[0] > 1 and cache.get_seq_length() > 0:
         raise ValueError(NO_ROWS_APART.format("Pass the whole prompts without a cache"))

@@ -81,7 +81,7 @@ class Placeholders:
         return None if count is None else self.length - count * (self.tokens[0] - self.tokens[1])
 
     def check_on_device(self, input_ids: Tensor, mask: Tensor | None, placeholder: int) -> None:
-        """Raises a ValueError where they do not match; on an accelerator the kernel traps, since nobody waits for it."""
+        """Raises a ValueError where they do not match; on an accelerator the kernel traps: nobody waits for it."""
         none = torch.zeros(self.tiles, dtype=torch.bool, device=input_ids.device)
         try:
             VF.keep_placeholders(
