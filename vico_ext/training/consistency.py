@@ -109,7 +109,7 @@ class ConsistencyStage:
         self.module, self.options = module, options
 
     def prepare(self, module: nn.Module, batches: Sequence[MicroBatch], gather: Callable[[Tensor], Tensor]) -> Any:
-        """Micro-batches as :meth:`terms` takes them, figures to log, and problems."""
+        """Micro-batches as :meth:`loss` takes them, figures to log, and problems."""
         return list(batches), {}, []
 
     def count(self, batch: MicroBatch) -> int:

@@ -52,7 +52,11 @@ def train(options: TrainOptions) -> Path:
         TrainingStoppedError: a bad record, image or loss where the options say stop.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # accelerate keeps one precision per process, and refuses that of a second run
+    if AcceleratorState._shared_state.get("_mixed_precision", options.precision) != options.precision:
+        AcceleratorState._reset_state()
     trainer = Trainer(Accelerator(mixed_precision=options.precision), options)
     try:
         return trainer.run()
