@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vico_ext.cli import convert, demo, info, route
+from vico_ext.cli import convert, demo, eval, info, route, train
 from vico_ext.cli.errors import CliError
 
 __all__ = ["main"]
@@ -18,6 +18,7 @@ Dynamic visual resolution for InternVL: each image tile gets 256 or 64 visual to
 Start here:
   vico demo                                       see it work on a few images (random weights, no download)
   vico route page.png --model DIR --out routed    which tiles of your image are compressed, with a real checkpoint
+  vico train consistency --help                   make a Flash model from your InternVL
   vico convert DIR NEW                            a Flash checkpoint for transformers, or back
   vico info                                       what is installed
 """
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vico_ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for module in (info, route, convert, demo):
+    for module in (info, route, train, eval, convert, demo):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,
