@@ -1,0 +1,54 @@
+// projection: one layer of the connectors' projections for both connectors at once, each a group of rows with its own
+// weight:
+//
+//   z = A W^T + bias,  out = z, or gelu(z) * keep  with exact GELU and keep 0 or 1 / (1 - p)
+//
+// A is rows of memory, or the ViT's tokens read through their pixel-shuffled view. With LayerNorm folded in, W is the
+// layer's weight times the norm's gain, and z = rstd (A W^T - mean gain_sum) + bias (DESIGN: LN(x) W1^T + b1).
+#pragma once
+
+#include "bias_gelu/bias_gelu.h"
+#include "common/dtype.h"
+#include "common/shuffle.h"
+
+struct CUstream_st;
+
+namespace vico {
+
+struct ProjectionGroup {
+  int64_t rows = 0;     // M; 0: the group is empty, and nothing of it is touched
+  int64_t columns = 0;  // N
+  int64_t depth = 0;    // K
+
+  const void* a = nullptr;  // row m at a + m * a_stride; or, if `shuffled`, the ViT's buffer as `shape` describes it
+  int64_t a_stride = 0;     // elements
+  bool shuffled = false;    // rows = shape.selected * shape.out_tokens(), depth = shape.out_channels()
+  ShuffleShape shape;
+
+  const void* weight = nullptr;  // [columns, depth], contiguous
+  const float* bias = nullptr;   // [columns]; null: none
+
+  // LayerNorm folded in; all three or none.
+  const float* mean = nullptr;      // [rows]
+  const float* rstd = nullptr;      // [rows]
+  const float* gain_sum = nullptr;  // [columns], sums of the rows of `weight`
+
+  bool gelu = false;
+  DropoutMask mask;  // element (m, n) is number m * columns + n, as in bias_gelu of this group's [rows, columns]
+
+  // Row m is written to row out_row[m / tile_rows] + m % tile_rows of `out`; null: to row m. No two to one place.
+  void* out = nullptr;     // must not alias any input
+  int64_t out_stride = 0;  // elements
+  const int64_t* out_row = nullptr;
+  int64_t tile_rows = 1;
+};
+
+struct ProjectionParams {
+  Dtype dtype = Dtype::kBFloat16;  // of A, W and out: bfloat16 or float16
+  ProjectionGroup group[2];
+};
+
+// On the current device, for bfloat16 and float16 alone; launches nothing where there are no rows.
+void projection_cuda(const ProjectionParams&, CUstream_st* stream);
+
+}  // namespace vico
