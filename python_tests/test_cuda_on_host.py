@@ -6,6 +6,9 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 HARNESS = ROOT / "csrc" / "cuda_on_host"
 MODES = ("plain", "asan", "race")
 SELF_TESTS = ("self_test_memory", "self_test_async")
-KERNEL_TESTS = ("test_pixel_shuffle", "test_normalized_shuffle")
+KERNEL_TESTS = sorted(source.stem for source in (HARNESS / "tests").glob("test_*.cpp"))
 
 # case: what each build must say about the planted bug (a build that is not named need not catch it)
-RACE = "races were found"
+RACE = "race: "
 ASAN = "AddressSanitizer"
 EVERYWHERE = dict.fromkeys(MODES, "FAIL")
 MEMORY_BUGS = {
@@ -51,71 +54,89 @@ ASYNC_BUGS = {
     "missing_mbarrier_fence": dict.fromkeys(MODES, "made the mbarrier visible"),
     "missing_store_wait": dict.fromkeys(MODES, "without having waited for its TMA stores"),
 }
+BUGS = dict(zip(SELF_TESTS, (MEMORY_BUGS, ASYNC_BUGS), strict=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one program: what the tests below are made of."""
+
+    program: str
+    mode: str
+    arguments: tuple[str, ...] = ()
+    schedule: str = "pct"
+
+    def __str__(self) -> str:
+        return "-".join((self.program, self.mode, *self.arguments, self.schedule))
+
+
+Outcomes = Mapping[Run, Future[tuple[int, str]]]
 PLANTED = [
-    (program, case, mode, message)
-    for program, bugs in zip(SELF_TESTS, (MEMORY_BUGS, ASYNC_BUGS), strict=True)
+    (Run(program, mode, ("--planted", "--seeds", "10", case)), message)
+    for program, bugs in BUGS.items()
     for case, modes in bugs.items()
     for mode, message in modes.items()
 ]
+CLEAN = [Run(program, mode, ("--seeds", "10")) for program in SELF_TESTS for mode in MODES]
+KERNELS = [
+    Run(program, mode, ("--seeds", "10" if mode == "plain" else "1")) for program in KERNEL_TESTS for mode in MODES
+] + [Run(program, "plain", (), schedule) for program in KERNEL_TESTS for schedule in ("fifo", "reverse", "random")]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or platform.machine() != "x86_64" or "VICO_SANITIZED" in os.environ,
-    reason="cuda_on_host needs g++ on x86-64, and an environment that preloads no sanitizer",
-)
-
-
-def build(mode: str, *programs: str) -> Path:
-    done = subprocess.run(["sh", HARNESS / "build.sh", mode, *programs], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ROOT / "build" / "cuda_on_host" / mode
-
-
-@pytest.fixture(scope="session")
-def built() -> dict[str, Path]:
-    if not (HARNESS / "build.sh").exists():
-        pytest.skip("the sources of cuda_on_host are not here")
-    return {mode: build(mode, *SELF_TESTS, *KERNEL_TESTS) for mode in MODES}
+pytestmark = [
+    pytest.mark.skipif(not (HARNESS / "build.sh").exists(), reason="the sources of cuda_on_host are not here"),
+    pytest.mark.skipif(
+        shutil.which("g++") is None or shutil.which("make") is None or platform.machine() != "x86_64",
+        reason="cuda_on_host needs make and g++ on x86-64",
+    ),
+    pytest.mark.skipif("VICO_SANITIZED" in os.environ, reason="this environment preloads a sanitizer"),
+]
 
 
-def run(folder: Path, program: str, *arguments: str, **environment: str) -> tuple[int, str]:
+def execute(run: Run) -> tuple[int, str]:
     done = subprocess.run(
-        [folder / program, *arguments],
+        [ROOT / "build" / "cuda_on_host" / run.mode / run.program, *run.arguments],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, **environment},
+        env={**os.environ, "VICO_COH_SCHEDULE": run.schedule},
     )
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("program", "case", "mode", "message"), PLANTED)
-def test_planted_bug_is_caught(built: dict[str, Path], program: str, case: str, mode: str, message: str) -> None:
-    code, output = run(built[mode], program, "--planted", "--seeds", "10", case)
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
+    """Builds what the selected tests of this file need, and has all of their runs under way on every core."""
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    runs = sorted(
+        {c["run"] for c in calls if isinstance(c.get("run"), Run)}, key=lambda r: (r.program, r.mode != "race")
+    )
+    modes = ",".join(sorted({r.mode for r in runs}))
+    command = ["sh", str(HARNESS / "build.sh"), modes, *sorted({r.program for r in runs})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {run: pool.submit(execute, run) for run in runs}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(("run", "message"), PLANTED, ids=str)
+def test_planted_bug_is_caught(outcomes: Outcomes, run: Run, message: str) -> None:
+    code, output = outcomes[run].result()
     assert code != 0, "the bug went unnoticed"
     assert message in output
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("program", SELF_TESTS)
-def test_no_false_alarm(built: dict[str, Path], program: str, mode: str) -> None:
-    code, output = run(built[mode], program, "--seeds", "10")
+@pytest.mark.parametrize("run", CLEAN, ids=str)
+def test_no_false_alarm(outcomes: Outcomes, run: Run) -> None:
+    code, output = outcomes[run].result()
     assert code == 0, output
-    bugs = MEMORY_BUGS if program == SELF_TESTS[0] else ASYNC_BUGS
-    assert output.count("ok ") == len(bugs), "a case has no entry in the tables above, or an entry no case"
+    assert output.count("ok ") == len(BUGS[run.program]), "a case without an entry in the tables above, or the reverse"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("program", KERNEL_TESTS)
-def test_kernels(built: dict[str, Path], program: str, mode: str) -> None:
-    code, output = run(built[mode], program, "--seeds", "10" if mode == "plain" else "1")
-    assert code == 0, output
-
-
-@pytest.mark.parametrize("schedule", ["fifo", "reverse", "random"])
-@pytest.mark.parametrize("program", KERNEL_TESTS)
-def test_kernels_under_other_schedules(built: dict[str, Path], program: str, schedule: str) -> None:
-    code, output = run(built["plain"], program, VICO_COH_SCHEDULE=schedule)
+@pytest.mark.parametrize("run", KERNELS, ids=str)
+def test_kernels(outcomes: Outcomes, run: Run) -> None:
+    code, output = outcomes[run].result()
     assert code == 0, output
 
 
