@@ -5,7 +5,9 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of vico_ext (torch.ops.vico) and how they were built.";
-  m.attr("with_cuda") = false;
+  // The architectures the CUDA kernels were compiled for, as CMake names them; "host" in the test build that runs them
+  // on the CPU; "" without any.
+  m.attr("cuda") = VICO_CUDA_BUILT;
   m.attr("compiler") = __VERSION__;
   m.attr("build_version") = VICO_EXT_VERSION;
   m.def("cpu_arch", [] { return vico::to_string(vico::cpu_arch()); }, "Instruction set of the CPU kernels in use.");

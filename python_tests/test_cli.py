@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from vico_ext import cli
+from vico_ext._load import _C
 from vico_ext.cli.policies import parse_policy
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +75,7 @@ def test_info(capsys):
     assert "pixel_shuffle" in facts["ops"]
     assert facts["cpu_threads"] == torch.get_num_threads()
     assert facts["instruction_set"] in ("avx2", "baseline")
-    assert facts["cuda_kernels_built"] is False
+    assert facts["cuda_kernels"] == _C.cuda.split()
     status, out, _ = vico("info", capsys=capsys)
     assert status == 0
     for word in (torch.__version__, facts["compiler"], facts["instruction_set"], "CUDA kernels", "pixel_shuffle"):

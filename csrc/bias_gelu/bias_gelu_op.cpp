@@ -16,7 +16,7 @@ Dtype checked_dtype(const Tensor& x, const std::optional<Tensor>& bias, const ch
   check_cpu(x, "x", op);
   const Dtype dtype = float_dtype(x, "x", op);
   VICO_CHECK(x.dim() >= 1, op, "x must have shape [..., features], got []");
-  if (bias) check_parameter(*bias, dtype, x.size(x.dim() - 1), "bias", "[features]", op);
+  if (bias) check_parameter(*bias, x, x.size(x.dim() - 1), "bias", "x", "[features]", op);
   return dtype;
 }
 

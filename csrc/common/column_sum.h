@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/cpu_arch.h"
+#include "common/cuda_stream.h"
 #include "common/dtype.h"
 
 namespace vico {
@@ -16,7 +17,8 @@ constexpr int64_t kChunkRows = 64;
 inline int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
 
 struct ColumnSumParams {
-  Dtype dtype = Dtype::kFloat;     // of `out`; partial sums are float, or double where `out` is double
+  Dtype dtype = Dtype::kFloat;  // of `out`; partial sums are float, or double where `out` is double
+  int64_t columns = 0;
   int64_t chunks = 0;              // 0 gives a sum of zero
   int64_t chunk_stride = 0;        // in elements, between the partial sums of neighbouring chunks
   const void* partials = nullptr;  // [chunks, columns], columns next to each other
@@ -25,5 +27,6 @@ struct ColumnSumParams {
 
 // Columns [begin, end) of `out`: the partial sums of all chunks, added in order.
 VICO_CPU_KERNEL(combine_chunks, const ColumnSumParams&, int64_t begin, int64_t end)
+void combine_chunks_cuda(const ColumnSumParams& p, cudaStream_t stream);
 
 }  // namespace vico

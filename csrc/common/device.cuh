@@ -2,7 +2,8 @@
 //
 //   VICO_SHARED(type, name, [dims]...)   a static variable in shared memory
 //   VICO_DYNAMIC_SHARED(type, name)      a pointer to the launch's dynamic shared memory, 1024-byte aligned
-//   vico::launch(kernel, grid, block, shared_bytes, stream, args...)
+//   VICO_DEVICE_CHECK(condition, format, ...)  what the host cannot check without waiting: ends the kernel with a
+//   message vico::launch(kernel, grid, block, shared_bytes, stream, args...)
 #pragma once
 
 #ifdef __CUDACC__
@@ -10,6 +11,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <cassert>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -18,6 +21,20 @@
 #define VICO_DYNAMIC_SHARED(type, name)                                        \
   extern __shared__ __align__(1024) unsigned char vico_dynamic_shared_bytes[]; \
   type* name = reinterpret_cast<type*>(vico_dynamic_shared_bytes)
+#ifdef NDEBUG  // <cassert> leaves it out then
+extern "C" __host__ __device__ [[noreturn]] void __assert_fail(const char* assertion, const char* file, unsigned line,
+                                                               const char* function) noexcept;
+#endif
+// Like the index checks of torch's own kernels: the text goes to the process's output, the next call that waits for the
+// device reports "device-side assert triggered", and the process can use the device no more.
+#define VICO_DEVICE_CHECK(condition, ...)                                             \
+  do {                                                                                \
+    if (!(condition)) {                                                               \
+      printf("vico_ext: " __VA_ARGS__);                                               \
+      printf("\n");                                                                   \
+      __assert_fail(#condition, __FILE__, static_cast<unsigned>(__LINE__), __func__); \
+    }                                                                                 \
+  } while (0)
 
 namespace vico {
 
@@ -41,4 +58,9 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 
 #else
 #include "cuda_on_host/shim.h"
+
+#define VICO_DEVICE_CHECK(condition, ...)       \
+  do {                                          \
+    if (!(condition)) ::coh::fail(__VA_ARGS__); \
+  } while (0)
 #endif

@@ -108,6 +108,8 @@ inline __attribute__((always_inline)) void dispatch(Dtype dtype, Fn&& fn) {
   }
 }
 
+VICO_INLINE bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 VICO_INLINE int64_t element_size(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
 
 }  // namespace vico

@@ -41,7 +41,7 @@ VICO_INLINE Normal<VecF> normal(VecF x) {
 }
 
 VICO_INLINE Normal<VecD> normal(VecD x) {
-  VecD cdf;
+  VecD cdf{};
   for (int i = 0; i < kLanes<VecD>; ++i) cdf[i] = 0.5 * std::erfc(x[i] * -0.70710678118654752440);
   return {cdf, exp(x * x * -0.5)};
 }

@@ -102,6 +102,4 @@ VICO_DEVICE Pack<T, kN> pack_of(const accumulate_t<T> (&x)[kN]) {
   return p;
 }
 
-inline bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 }  // namespace vico

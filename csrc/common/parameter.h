@@ -2,16 +2,16 @@
 #pragma once
 
 #include "common/column_sum.h"
-#include "common/tensor.h"
+#include "common/door.h"
 
 namespace vico {
 
-// Checks a gain or bias [size] that is applied to activations of dtype `activation`: it has their dtype, or float32
-// beside 16-bit activations, as mixed precision keeps parameters.
-inline void check_parameter(const Tensor& t, Dtype activation, int64_t size, const char* name, const char* wanted,
-                            const char* op) {
-  check_cpu(t, name, op);
-  const Dtype dtype = float_dtype(t, name, op);
+// Checks a gain or bias [size] that is applied to activations like `like`, called `like_name`: it has their dtype, or
+// float32 beside 16-bit activations, as mixed precision keeps parameters.
+inline void check_parameter(const Tensor& t, const Tensor& like, int64_t size, const char* name, const char* like_name,
+                            const char* wanted, const char* op) {
+  check_device(t, like, name, like_name, op);
+  const Dtype dtype = float_dtype(t, name, op), activation = float_dtype(like, like_name, op);
   VICO_CHECK(dtype == activation || (dtype == Dtype::kFloat && activation != Dtype::kDouble), op, name,
              " must have the dtype of the activations, or float32 beside 16-bit activations, got ", dtype_string(t));
   check_shape(t, {size}, name, wanted, op);
@@ -34,13 +34,18 @@ inline Tensor make_partials(const Tensor& like, Dtype dtype, int64_t chunks, int
 inline void combine_partials(const Tensor& partials, int64_t first, Tensor& out) {
   ColumnSumParams p;
   p.dtype = float_dtype(out, "out", "column_sum");
+  p.columns = out.numel();
   p.chunks = partials.size(0);
   p.chunk_stride = partials.size(1);
   const int64_t bytes = p.dtype == Dtype::kDouble ? 8 : 4;
   p.partials = static_cast<const char*>(partials.const_data_ptr()) + first * bytes;
   p.out = out.mutable_data_ptr();
-  parallel_rows(out.numel(), std::max<int64_t>(1, p.chunks),
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(combine_chunks, p, begin, end); });
+  if (on_cuda(out)) {
+    VICO_CUDA_CALL(combine_chunks, p, out);
+  } else {
+    parallel_rows(p.columns, std::max<int64_t>(1, p.chunks),
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(combine_chunks, p, begin, end); });
+  }
 }
 
 }  // namespace vico

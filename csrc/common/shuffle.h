@@ -44,4 +44,17 @@ struct ShuffleShape {
   VICO_INLINE int64_t row_offset(int64_t i) const { return i * grid_w * token_stride; }
 };
 
+// The geometry of a contiguous buffer [tiles, skip + grid_h * grid_w, channels], such as a gradient.
+VICO_INLINE ShuffleShape contiguous(ShuffleShape s) {
+  s.token_stride = s.channels;
+  s.tile_stride = (s.skip + s.grid_h * s.grid_w) * s.channels;
+  return s;
+}
+
+// Whether all tokens begin at multiples of 16 bytes.
+VICO_INLINE bool has_aligned_tokens(const ShuffleShape& s, int64_t element_bytes, const void* tokens) {
+  return is_aligned16(tokens) && s.channels * element_bytes % 16 == 0 && s.token_stride * element_bytes % 16 == 0 &&
+         s.tile_stride * element_bytes % 16 == 0;
+}
+
 }  // namespace vico

@@ -1,8 +1,9 @@
 // The checks and the geometry that the doors of pixel_shuffle and normalized_shuffle share.
 #pragma once
 
+#include "common/door.h"
 #include "common/shuffle.h"
-#include "common/tensor.h"
+#include "common/tile_map.h"
 
 namespace vico {
 
@@ -20,17 +21,34 @@ inline void check_grid(const GridArgs& g, const char* op) {
              g.rate);
 }
 
-inline void check_tile_index(const std::optional<Tensor>& tile_index, int64_t tiles, const char* op) {
+// `like`, called `like_name`, is a tensor of the call. On CUDA the kernels check the values.
+inline void check_tile_index(const std::optional<Tensor>& tile_index, int64_t tiles, const Tensor& like,
+                             const char* like_name, const char* op) {
   if (!tile_index) return;
-  check_cpu(*tile_index, "tile_index", op);
+  check_device(*tile_index, like, "tile_index", like_name, op);
   check_dtype(*tile_index, ScalarType::Long, "tile_index", "int64", op);
   check_shape(*tile_index, {-1}, "tile_index", "[selected]", op);
   VICO_CHECK(tile_index->is_contiguous(), op, "tile_index must be contiguous");
+  if (on_cuda(*tile_index)) return;
   const int64_t* index = tile_index->const_data_ptr<int64_t>();
   for (int64_t i = 0; i < tile_index->numel(); ++i) {
     VICO_CHECK(index[i] >= 0 && index[i] < tiles, op, "tile_index must lie in [0, ", tiles, "), got ", index[i],
                " at position ", i);
   }
+}
+
+// The inverse of a tile index on its device, [tiles + 1 + selected]: TileMap's offsets, then its selected tiles.
+inline std::optional<Tensor> device_tile_map(const std::optional<Tensor>& tile_index, int64_t tiles) {
+  if (!tile_index) return std::nullopt;
+  Tensor map = make_tensor(*tile_index, {tiles + 1 + tile_index->numel()});
+  DeviceTileMapParams p;
+  p.tiles = tiles;
+  p.count = tile_index->numel();
+  p.tile_index = tile_index->const_data_ptr<int64_t>();
+  p.offsets = map.mutable_data_ptr<int64_t>();
+  p.selected = p.offsets + tiles + 1;
+  VICO_CUDA_CALL(tile_map, p, map);
+  return map;
 }
 
 // Geometry without strides: tiles of `channels` channels, gathered by tile_index.
@@ -52,12 +70,12 @@ inline ShuffleShape shuffle_shape(const GridArgs& g, int64_t tiles, int64_t chan
 // Checks `tokens` [tiles, skip + grid_h * grid_w, channels], any strides with dense channels, and gives its geometry.
 inline ShuffleShape checked_shuffle_shape(const Tensor& tokens, const GridArgs& g,
                                           const std::optional<Tensor>& tile_index, const char* op) {
-  check_cpu(tokens, "tokens", op);
+  check_kernels(tokens, op);
   float_dtype(tokens, "tokens", op);
   check_grid(g, op);
   check_shape(tokens, {-1, g.skip + g.grid_h * g.grid_w, -1}, "tokens", "[tiles, skip + grid_h * grid_w, channels]",
               op);
-  check_tile_index(tile_index, tokens.size(0), op);
+  check_tile_index(tile_index, tokens.size(0), tokens, "tokens", op);
   ShuffleShape s = shuffle_shape(g, tokens.size(0), tokens.size(2), tile_index);
   s.tile_stride = tokens.stride(0);
   s.token_stride = tokens.stride(1);

@@ -24,11 +24,12 @@ struct ShuffleRow {
   }
 };
 
-// The geometry of a contiguous buffer [tiles, skip + grid_h * grid_w, channels], such as a gradient.
-VICO_INLINE ShuffleShape contiguous(ShuffleShape s) {
-  s.token_stride = s.channels;
-  s.tile_stride = (s.skip + s.grid_h * s.grid_w) * s.channels;
-  return s;
+// The buffer's tile of an output tile, checked: the host does not see the device's tile index.
+VICO_DEVICE int64_t checked_source_tile(const ShuffleShape& s, int64_t selected) {
+  const int64_t tile = s.source_tile(selected);
+  VICO_DEVICE_CHECK(tile >= 0 && tile < s.tiles, "tile_index must lie in [0, %lld), got %lld at position %lld",
+                    static_cast<long long>(s.tiles), static_cast<long long>(tile), static_cast<long long>(selected));
+  return tile;
 }
 
 // The output tiles made of one tile of the buffer: entries [first, last) of selected_tiles, or, without a map, itself.
@@ -49,12 +50,6 @@ inline void check_shuffle_launch(const ShuffleShape& s, int64_t blocks) {
     throw std::runtime_error("a pixel shuffle with rows of " + std::to_string(s.out_channels()) + " channels in " +
                              std::to_string(blocks) + " blocks: CUDA kernels take up to 2^31 - 1 of each");
   }
-}
-
-// Whether all tokens begin at multiples of 16 bytes.
-inline bool has_aligned_tokens(const ShuffleShape& s, int64_t element_bytes, const void* tokens) {
-  return is_aligned16(tokens) && s.channels * element_bytes % 16 == 0 && s.token_stride * element_bytes % 16 == 0 &&
-         s.tile_stride * element_bytes % 16 == 0;
 }
 
 constexpr unsigned round_up(unsigned n, unsigned to) { return (n + to - 1) / to * to; }

@@ -70,6 +70,19 @@ inline std::string dtype_string(const Tensor& t) {
   }
 }
 
+// "cpu", "cuda:0", or torch's number of a type that has no kernels.
+inline std::string device_string(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  return "a device of type " + std::to_string(static_cast<int>(t.device().type()));
+}
+
+// Every tensor of a call is where its first one is.
+inline void check_device(const Tensor& t, const Tensor& like, const char* name, const char* like_name, const char* op) {
+  VICO_CHECK(t.device() == like.device(), op, name, " must be on the device of ", like_name, " (", device_string(like),
+             "), got ", device_string(t));
+}
+
 inline void check_cpu(const Tensor& t, const char* name, const char* op) {
   VICO_CHECK(t.is_cpu(), op, name, " must be on the CPU like the other tensors of the call, got device type ",
              static_cast<int>(t.device().type()));

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/cuda_stream.h"
+
 namespace vico {
 
 struct TileMap {
@@ -22,5 +24,14 @@ inline TileMap invert_tile_index(const int64_t* tile_index, int64_t selected, in
   for (int64_t s = 0; s < selected; ++s) map.selected[next[tile_index ? tile_index[s] : s]++] = s;
   return map;
 }
+
+// The same on the device, for tile indices that live there.
+struct DeviceTileMapParams {
+  int64_t tiles = 0, count = 0;         // `count` selected tiles
+  const int64_t* tile_index = nullptr;  // [count], checked by the kernel
+  int64_t* offsets = nullptr;           // [tiles + 1]
+  int64_t* selected = nullptr;          // [count], in the order of TileMap
+};
+void tile_map_cuda(const DeviceTileMapParams& p, cudaStream_t stream);
 
 }  // namespace vico

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "common/cuda_stream.h"
 #include "cuda_on_host/vector_types.h"
 
 #define __global__
@@ -19,7 +20,6 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 
-using cudaStream_t = void*;
 // The driver's tensor map: opaque there, a TensorMap (ptx_host.h) here.
 struct alignas(64) CUtensorMap {
   uint64_t opaque[16];

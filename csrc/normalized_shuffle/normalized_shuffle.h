@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/cpu_arch.h"
+#include "common/cuda_stream.h"
 #include "common/shuffle.h"
 
 namespace vico {
@@ -27,7 +28,7 @@ struct NormalizedShuffleParams {
 //   grad_x = rstd * (g - sum(g) / C - h * sum(g * h) / C),  grad_weight = sum of grad_out * h,  grad_bias = of
 //   grad_out.
 struct NormalizedShuffleBackwardParams {
-  ShuffleShape shape;  // tile_index unused: see used_tiles
+  ShuffleShape shape;  // CPU: tile_index unused, see used_tiles
   Dtype dtype = Dtype::kFloat;
   const void* grad_out = nullptr;  // [selected, out_tokens, out_channels], contiguous
   const void* tokens = nullptr;    // ViT buffer, strides as in `shape`
@@ -35,18 +36,25 @@ struct NormalizedShuffleBackwardParams {
   const void* mean = nullptr;      // [selected, out_tokens], sum type
   const void* rstd = nullptr;      // [selected, out_tokens], sum type
   // The output tiles made of buffer tile t are selected_tiles[tile_offsets[t] .. tile_offsets[t + 1]).
+  // CUDA: both null where every tile was selected once, in order; used_tiles is not needed.
   const int64_t* tile_offsets = nullptr;    // [tiles + 1]
   const int64_t* selected_tiles = nullptr;  // [selected]
   const int64_t* used_tiles = nullptr;      // [used], ascending: the buffer tiles with any output tile
   int64_t used = 0;
   void* grad_tokens = nullptr;  // [tiles, skip + grid_h * grid_w, channels], contiguous; null: not wanted
   void* partials = nullptr;  // [chunks, 2, out_channels], sum type: grad_weight and grad_bias of each chunk of blocks
+  // CUDA: workspace of as many elements as plan_normalized_shuffle_backward says, sum type; like `partials`, whose
+  // chunks it says too, aligned to 16 bytes.
+  void* row_means = nullptr;
 };
 
 // Output tokens [begin, end) of all selected * out_tokens.
 VICO_CPU_KERNEL(normalized_shuffle, const NormalizedShuffleParams&, int64_t begin, int64_t end)
+void normalized_shuffle_cuda(const NormalizedShuffleParams& p, cudaStream_t stream);
 // Chunks [begin, end) of kChunkRows blocks each (common/column_sum.h), of all used * out_tokens blocks.
 VICO_CPU_KERNEL(normalized_shuffle_backward, const NormalizedShuffleBackwardParams&, int64_t begin, int64_t end)
+// All of it, grad_tokens of unused tiles and skipped tokens included.
+void normalized_shuffle_backward_cuda(const NormalizedShuffleBackwardParams& p, cudaStream_t stream);
 // Tiles [begin, end): zeros for the skipped tokens, and for all tokens of tiles that are not used.
 VICO_CPU_KERNEL(normalized_shuffle_zero_rest, const NormalizedShuffleBackwardParams&, int64_t begin, int64_t end)
 

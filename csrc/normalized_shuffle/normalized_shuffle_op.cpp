@@ -1,9 +1,7 @@
-// The door of normalized_shuffle: checks, allocation, threads.
-#include <torch/csrc/stable/library.h>
-
+// The door of normalized_shuffle: checks, allocation, threads or launch.
 #include "common/parameter.h"
 #include "common/shuffle_args.h"
-#include "common/tile_map.h"
+#include "normalized_shuffle/backward_plan.h"
 #include "normalized_shuffle/normalized_shuffle.h"
 
 namespace vico {
@@ -24,8 +22,8 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_op(const Tensor& tokens_in
   p.shape = checked_shuffle_shape(tokens, {grid_h, grid_w, rate, skip, transposed}, tile_index, kOp);
   const ShuffleShape& s = p.shape;
   p.dtype = float_dtype(tokens, "tokens", kOp);
-  check_parameter(weight_in, p.dtype, s.out_channels(), "weight", kChannels, kOp);
-  check_parameter(bias_in, p.dtype, s.out_channels(), "bias", kChannels, kOp);
+  check_parameter(weight_in, tokens, s.out_channels(), "weight", "tokens", kChannels, kOp);
+  check_parameter(bias_in, tokens, s.out_channels(), "bias", "tokens", kChannels, kOp);
   check_same_dtype(bias_in, weight_in, "bias", "weight", kOp);
   VICO_CHECK(eps >= 0, kOp, "eps must not be negative, got ", eps);
 
@@ -42,9 +40,51 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_op(const Tensor& tokens_in
   p.mean = mean.mutable_data_ptr();
   p.rstd = rstd.mutable_data_ptr();
   if (out.numel() == 0) return {out, mean, rstd};
-  parallel_rows(s.selected * s.out_tokens(), s.out_channels(),
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle, p, begin, end); });
+  if (on_cuda(tokens)) {
+    VICO_CUDA_CALL(normalized_shuffle, p, tokens);
+  } else {
+    parallel_rows(s.selected * s.out_tokens(), s.out_channels(),
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle, p, begin, end); });
+  }
   return {out, mean, rstd};
+}
+
+// Both run the backward kernels and return the partial sums [chunks, 2 * out_channels] of grad_weight and grad_bias.
+Tensor run_backward_cpu(NormalizedShuffleBackwardParams& p, const Tensor& tokens) {
+  const ShuffleShape& s = p.shape;
+  const TileMap map = invert_tile_index(s.tile_index, s.selected, s.tiles);
+  std::vector<int64_t> used_tiles;
+  for (int64_t t = 0; t < s.tiles; ++t) {
+    if (map.offsets[t] < map.offsets[t + 1]) used_tiles.push_back(t);
+  }
+  p.tile_offsets = map.offsets.data();
+  p.selected_tiles = map.selected.data();
+  p.used_tiles = used_tiles.data();
+  p.used = static_cast<int64_t>(used_tiles.size());
+  const int64_t chunks = chunk_count(p.used * s.out_tokens());
+  Tensor partials = make_partials(tokens, p.dtype, chunks, 2 * s.out_channels());
+  p.partials = partials.mutable_data_ptr();
+  if (p.grad_tokens) {
+    parallel_rows(s.tiles, tokens.size(1) * s.channels,
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle_zero_rest, p, begin, end); });
+  }
+  parallel_rows(chunks, kChunkRows * s.out_channels(),
+                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle_backward, p, begin, end); });
+  return partials;
+}
+Tensor run_backward_cuda(NormalizedShuffleBackwardParams& p, const Tensor& tokens,
+                         const std::optional<Tensor>& tile_index) {
+  const ShuffleShape& s = p.shape;
+  const std::optional<Tensor> map = device_tile_map(tile_index, s.tiles);
+  p.tile_offsets = map ? map->const_data_ptr<int64_t>() : nullptr;
+  p.selected_tiles = map ? p.tile_offsets + s.tiles + 1 : nullptr;
+  const NormalizedShuffleBackwardPlan plan = plan_normalized_shuffle_backward(p);
+  Tensor partials = make_partials(tokens, p.dtype, plan.chunks, 2 * s.out_channels());
+  Tensor row_means = make_tensor(tokens, {plan.row_means}, accumulate_type(p.dtype));
+  p.partials = partials.mutable_data_ptr();
+  p.row_means = row_means.mutable_data_ptr();
+  VICO_CUDA_CALL(normalized_shuffle_backward, p, tokens);
+  return partials;
 }
 
 std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_backward_op(const Tensor& grad_out_in, const Tensor& tokens_in,
@@ -63,13 +103,13 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_backward_op(const Tensor& 
   p.dtype = float_dtype(tokens, "tokens", kOp);
   const ScalarType sum_type = accumulate_type(p.dtype);
   const char* sum_name = p.dtype == Dtype::kDouble ? "float64" : "float32";
-  check_cpu(grad_out_in, "grad_out", kOp);
+  check_device(grad_out_in, tokens, "grad_out", "tokens", kOp);
   check_same_dtype(grad_out_in, tokens, "grad_out", "tokens", kOp);
   check_shape(grad_out_in, {s.selected, s.out_tokens(), s.out_channels()}, "grad_out",
               "[selected, out_tokens, rate * rate * channels]", kOp);
-  check_parameter(weight_in, p.dtype, s.out_channels(), "weight", kChannels, kOp);
+  check_parameter(weight_in, tokens, s.out_channels(), "weight", "tokens", kChannels, kOp);
   for (const auto& [statistic, name] : {std::pair{&mean_in, "mean"}, std::pair{&rstd_in, "rstd"}}) {
-    check_cpu(*statistic, name, kOp);
+    check_device(*statistic, tokens, name, "tokens", kOp);
     check_dtype(*statistic, sum_type, name, sum_name, kOp);
     check_shape(*statistic, {s.selected, s.out_tokens()}, name, "[selected, out_tokens]", kOp);
   }
@@ -78,17 +118,6 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_backward_op(const Tensor& 
   Tensor grad_weight = make_tensor(weight_in, {channels}), grad_bias = make_tensor(weight_in, {channels});
   Tensor grad_tokens =
       need_grad_tokens ? make_tensor(tokens, {s.tiles, tokens.size(1), s.channels}) : make_tensor(tokens, {0});
-  const TileMap map = invert_tile_index(s.tile_index, s.selected, s.tiles);
-  std::vector<int64_t> used_tiles;
-  for (int64_t t = 0; t < s.tiles; ++t) {
-    if (map.offsets[t] < map.offsets[t + 1]) used_tiles.push_back(t);
-  }
-  p.tile_offsets = map.offsets.data();
-  p.selected_tiles = map.selected.data();
-  p.used_tiles = used_tiles.data();
-  p.used = static_cast<int64_t>(used_tiles.size());
-  const int64_t chunks = chunk_count(p.used * s.out_tokens());
-  Tensor partials = make_partials(tokens, p.dtype, chunks, 2 * channels);
   const Tensor grad_out = to_contiguous(grad_out_in), weight = as_accumulate(weight_in, p.dtype);
   const Tensor mean = to_contiguous(mean_in), rstd = to_contiguous(rstd_in);
   p.grad_out = grad_out.const_data_ptr();
@@ -97,13 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_backward_op(const Tensor& 
   p.mean = mean.const_data_ptr();
   p.rstd = rstd.const_data_ptr();
   p.grad_tokens = grad_tokens.numel() ? grad_tokens.mutable_data_ptr() : nullptr;
-  p.partials = partials.mutable_data_ptr();
-  if (p.grad_tokens) {
-    parallel_rows(s.tiles, tokens.size(1) * s.channels,
-                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle_zero_rest, p, begin, end); });
-  }
-  parallel_rows(chunks, kChunkRows * channels,
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle_backward, p, begin, end); });
+  const Tensor partials = on_cuda(tokens) ? run_backward_cuda(p, tokens, tile_index) : run_backward_cpu(p, tokens);
   combine_partials(partials, 0, grad_weight);
   combine_partials(partials, channels, grad_bias);
   return {grad_tokens, grad_weight, grad_bias};
@@ -112,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_backward_op(const Tensor& 
 }  // namespace
 }  // namespace vico
 
-STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+VICO_DOORS(m) {
   m.impl("normalized_shuffle", TORCH_BOX(&vico::normalized_shuffle_op));
   m.impl("normalized_shuffle_backward", TORCH_BOX(&vico::normalized_shuffle_backward_op));
 }

@@ -53,8 +53,9 @@ Tensor pack_tokens_op(const Tensor& full_in, const Tensor& compressed_in, const 
   s.compressed_tiles = compressed_in.size(0);
   s.compressed_tokens = compressed_in.size(1);
   s.hidden = full_in.size(2);
-  if (full_bias_in) check_parameter(*full_bias_in, p.dtype, s.hidden, "full_bias", "[hidden]", kOp);
-  if (compressed_bias_in) check_parameter(*compressed_bias_in, p.dtype, s.hidden, "compressed_bias", "[hidden]", kOp);
+  if (full_bias_in) check_parameter(*full_bias_in, full_in, s.hidden, "full_bias", "full", "[hidden]", kOp);
+  if (compressed_bias_in)
+    check_parameter(*compressed_bias_in, full_in, s.hidden, "compressed_bias", "full", "[hidden]", kOp);
   check_plan(cu_tokens, order, s, kOp);
 
   Tensor out = make_tensor(full_in, {s.rows(), s.hidden});

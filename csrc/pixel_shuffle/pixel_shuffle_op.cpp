@@ -1,8 +1,5 @@
-// The door of pixel_shuffle: checks, allocation, threads.
-#include <torch/csrc/stable/library.h>
-
+// The door of pixel_shuffle: checks, allocation, threads or launch.
 #include "common/shuffle_args.h"
-#include "common/tile_map.h"
 #include "pixel_shuffle/pixel_shuffle.h"
 
 namespace vico {
@@ -22,8 +19,12 @@ Tensor pixel_shuffle_op(const Tensor& tokens_in, int64_t grid_h, int64_t grid_w,
   p.tokens = static_cast<const char*>(tokens.const_data_ptr());
   p.out = static_cast<char*>(out.mutable_data_ptr());
   if (out.numel() == 0) return out;
-  parallel_rows(s.selected * s.out_tokens(), s.out_channels(),
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(pixel_shuffle, p, begin, end); });
+  if (on_cuda(tokens)) {
+    VICO_CUDA_CALL(pixel_shuffle, p, tokens);
+  } else {
+    parallel_rows(s.selected * s.out_tokens(), s.out_channels(),
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(pixel_shuffle, p, begin, end); });
+  }
   return out;
 }
 
@@ -31,9 +32,9 @@ Tensor pixel_shuffle_backward_op(const Tensor& grad_out_in, int64_t tiles, int64
                                  const std::optional<Tensor>& tile_index, int64_t skip, bool transposed) {
   constexpr const char* kOp = "pixel_shuffle_backward";
   const GridArgs grid{grid_h, grid_w, rate, skip, transposed};
-  check_cpu(grad_out_in, "grad_out", kOp);
+  check_kernels(grad_out_in, kOp);
   check_grid(grid, kOp);
-  check_tile_index(tile_index, tiles, kOp);
+  check_tile_index(tile_index, tiles, grad_out_in, "grad_out", kOp);
   check_shape(grad_out_in, {tile_index ? tile_index->numel() : tiles, grid_h / rate * (grid_w / rate), -1}, "grad_out",
               "[selected, out_tokens, rate * rate * channels]", kOp);
   VICO_CHECK(grad_out_in.size(2) % (rate * rate) == 0, kOp, "grad_out must have rate * rate * channels channels, got ",
@@ -44,20 +45,27 @@ Tensor pixel_shuffle_backward_op(const Tensor& grad_out_in, int64_t tiles, int64
   p.shape = shuffle_shape(grid, tiles, grad_out.size(2) / (rate * rate), tile_index);
   Tensor grad_tokens = make_tensor(grad_out, {tiles, skip + grid_h * grid_w, p.shape.channels});
   if (grad_tokens.numel() == 0) return grad_tokens;
-  const TileMap map = invert_tile_index(p.shape.tile_index, p.shape.selected, tiles);
-  p.tile_offsets = map.offsets.data();
-  p.selected_tiles = map.selected.data();
   p.grad_out = grad_out.const_data_ptr();
   p.grad_tokens = grad_tokens.mutable_data_ptr();
-  parallel_rows(tiles * (1 + grid_h), grid_w * p.shape.channels,
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(pixel_shuffle_backward, p, begin, end); });
+  if (on_cuda(grad_out)) {
+    const std::optional<Tensor> map = device_tile_map(tile_index, tiles);
+    p.tile_offsets = map ? map->const_data_ptr<int64_t>() : nullptr;
+    p.selected_tiles = map ? p.tile_offsets + tiles + 1 : nullptr;
+    VICO_CUDA_CALL(pixel_shuffle_backward, p, grad_out);
+  } else {
+    const TileMap map = invert_tile_index(p.shape.tile_index, p.shape.selected, tiles);
+    p.tile_offsets = map.offsets.data();
+    p.selected_tiles = map.selected.data();
+    parallel_rows(tiles * (1 + grid_h), grid_w * p.shape.channels,
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(pixel_shuffle_backward, p, begin, end); });
+  }
   return grad_tokens;
 }
 
 }  // namespace
 }  // namespace vico
 
-STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+VICO_DOORS(m) {
   m.impl("pixel_shuffle", TORCH_BOX(&vico::pixel_shuffle_op));
   m.impl("pixel_shuffle_backward", TORCH_BOX(&vico::pixel_shuffle_backward_op));
 }

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'compiler':<17}{facts['compiler']}")
     print(f"{'instruction set':<17}{facts['instruction_set']}")
     print(f"{'CPU threads':<17}{facts['cpu_threads']}")
-    built = "built" if facts["cuda_kernels_built"] else "not built"
+    built = f"built for {', '.join(facts['cuda_kernels'])}" if facts["cuda_kernels"] else "not built"
     print(
         f"{'CUDA kernels':<17}{built}; a CUDA device is {'' if facts['cuda_available'] else 'not '}available to torch"
     )

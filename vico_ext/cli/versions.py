@@ -37,7 +37,7 @@ def build_facts() -> dict[str, Any]:
         "instruction_set": _C.cpu_arch(),
         "ops": ops,
         "cpu_threads": torch.get_num_threads(),
-        "cuda_kernels_built": bool(_C.with_cuda),
+        "cuda_kernels": _C.cuda.split(),  # architectures, as CMake names them; ["host"] in the test build
         "cuda_available": torch.cuda.is_available(),
         "platform": platform.platform(),
     }

@@ -1,8 +1,8 @@
 // The CUDA kernels of normalized_shuffle against plain loops in double, and
 // against themselves: two runs are bit-equal whatever the scheduler does.
+#include "common/column_sum_cuda.cu"
 #include "cuda_on_host/tests/shuffle_problem.h"
-#include "normalized_shuffle/normalized_shuffle_backward_cuda.cuh"
-#include "normalized_shuffle/normalized_shuffle_cuda.cuh"
+#include "normalized_shuffle/normalized_shuffle_cuda.cu"
 
 namespace {
 
@@ -121,15 +121,17 @@ void run_backward(Norm<T>& d, const Buffer<T>& grad_out, Gradients<T>& g, bool n
   const auto plan = vico::plan_normalized_shuffle_backward(p);
   Buffer<A> partials(static_cast<size_t>(plan.chunks * 2 * d.channels)), means(static_cast<size_t>(plan.row_means));
   p.partials = partials.data();
-  vico::normalized_shuffle_backward_cuda(p, plan, means.data(), nullptr);
+  p.row_means = means.data();
+  vico::normalized_shuffle_backward_cuda(p, nullptr);
   for (int half = 0; half < 2; ++half) {
     vico::ColumnSumParams sum;
     sum.dtype = std::is_same_v<A, double> ? vico::Dtype::kDouble : vico::Dtype::kFloat;
+    sum.columns = d.channels;
     sum.chunks = plan.chunks;
     sum.chunk_stride = 2 * d.channels;
     sum.partials = partials.data() + half * d.channels;
     sum.out = half ? g.bias.data() : g.weight.data();
-    vico::combine_chunks_cuda(sum, d.channels, nullptr);
+    vico::combine_chunks_cuda(sum, nullptr);
   }
 }
 

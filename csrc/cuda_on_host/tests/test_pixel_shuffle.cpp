@@ -1,7 +1,8 @@
 // The CUDA kernels of pixel_shuffle against its definition: bit-equal, except
 // for sums of tiles selected repeatedly.
+#include "common/tile_map_cuda.cu"
 #include "cuda_on_host/tests/shuffle_problem.h"
-#include "pixel_shuffle/pixel_shuffle_cuda.cuh"
+#include "pixel_shuffle/pixel_shuffle_cuda.cu"
 
 namespace {
 
@@ -68,8 +69,40 @@ void backward() {
   });
 }
 
+// Up to several blocks of threads and rounds through shared memory, against the map that the CPU makes.
+void tile_map() {
+  coh::Random random(3);
+  for (const auto& [tiles, count] : {std::pair<int64_t, int64_t>{0, 0}, {1, 0}, {1, 1}, {3, 7}, {300, 20}, {5, 600}}) {
+    std::vector<int64_t> index;
+    Buffer<int64_t> device_index(static_cast<size_t>(count)), offsets(static_cast<size_t>(tiles + 1));
+    Buffer<int64_t> selected(static_cast<size_t>(count));
+    for (int64_t s = 0; s < count; ++s) {
+      index.push_back(random.below(tiles));
+      device_index[static_cast<size_t>(s)] = index.back();
+    }
+    vico::tile_map_cuda({tiles, count, device_index.data(), offsets.data(), selected.data()}, nullptr);
+    const vico::TileMap wanted = vico::invert_tile_index(index.data(), count, tiles);
+    for (size_t t = 0; t < wanted.offsets.size(); ++t) expect(offsets[t] == wanted.offsets[t], "offset %zu", t);
+    for (size_t s = 0; s < wanted.selected.size(); ++s) expect(selected[s] == wanted.selected[s], "place %zu", s);
+  }
+}
+
+void bad_tile_index() {
+  Buffer<int64_t> index(1), offsets(3), selected(1);
+  index[0] = 2;
+  std::string error;
+  try {
+    vico::tile_map_cuda({2, 1, index.data(), offsets.data(), selected.data()}, nullptr);
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  expect(error.find("tile_index must lie in [0, 2), got 2 at position 0") != std::string::npos, "%s", error.c_str());
+}
+
 }  // namespace
 
+COH_CASE(tile_map) { tile_map(); }
+COH_CASE(bad_tile_index) { bad_tile_index(); }
 COH_CASE(forward_bfloat16) { forward<vico::BFloat16>(); }
 COH_CASE(forward_half) { forward<vico::Half>(); }
 COH_CASE(forward_float) { forward<float>(); }

@@ -8,52 +8,10 @@
 #pragma once
 
 #include "common/block_reduce.cuh"
-#include "common/column_sum_cuda.cuh"
 #include "common/shuffle_row.cuh"
-#include "normalized_shuffle/normalized_shuffle.h"
+#include "normalized_shuffle/backward_plan.h"
 
 namespace vico {
-
-constexpr unsigned kBackwardThreads = 512;
-constexpr int64_t kMaxRowsPerChunk = 64;
-
-// What the door must allocate, and how the kernels will go about it.
-struct NormalizedShuffleBackwardPlan {
-  int units = 0;  // packs per thread of the resident kernel; 0: the streaming kernels
-  bool wide = false;
-  int64_t rows_per_chunk = 1;
-  int64_t chunks = 0;     // partials [chunks, 2, out_channels]
-  int64_t row_means = 0;  // elements of `row_means`, sum type
-  size_t shared_bytes = 0;
-};
-
-inline NormalizedShuffleBackwardPlan plan_normalized_shuffle_backward(const NormalizedShuffleBackwardParams& p) {
-  constexpr int64_t kEnoughChunks = 2 * 132;  // two for each multiprocessor of an H100
-  const ShuffleShape& s = p.shape;
-  NormalizedShuffleBackwardPlan plan;
-  const int64_t blocks = s.tiles * s.out_tokens(), bytes = element_size(p.dtype);
-  if (blocks == 0 || s.channels == 0) return plan;
-  check_shuffle_launch(s, blocks > s.selected * s.out_tokens() ? blocks : s.selected * s.out_tokens());
-  plan.wide = has_aligned_tokens(s, bytes, p.tokens) && is_aligned16(p.grad_out) && is_aligned16(p.grad_tokens) &&
-              is_aligned16(p.weight) && is_aligned16(p.partials);
-  plan.rows_per_chunk = (blocks + kEnoughChunks - 1) / kEnoughChunks;
-  if (plan.rows_per_chunk > kMaxRowsPerChunk) plan.rows_per_chunk = kMaxRowsPerChunk;
-  plan.chunks = (blocks + plan.rows_per_chunk - 1) / plan.rows_per_chunk;
-  const int64_t packs = s.out_channels() * bytes / 16;
-  // Where a tile may have been selected twice, sums of grad_tokens wait in shared memory.
-  const size_t repeated = p.tile_offsets && p.grad_tokens ? static_cast<size_t>(s.out_channels()) * sizeof(float) : 0;
-  if (plan.wide && p.dtype != Dtype::kDouble && repeated <= 200 * 1024) {
-    for (int units : {1, 2, 4}) {
-      if (plan.units == 0 && packs <= units * int64_t{kBackwardThreads}) plan.units = units;
-    }
-  }
-  if (plan.units) {
-    plan.shared_bytes = repeated;
-  } else {
-    plan.row_means = 2 * s.selected * s.out_tokens();
-  }
-  return plan;
-}
 
 // Zeros for the skipped tokens of a tile.
 template <class T>
@@ -163,13 +121,13 @@ __global__ void __launch_bounds__(kBackwardThreads)
 // row_means[m] = (sum(g) / C, sum(g h) / C) of output token m = blockIdx.x
 template <class T, int kN>
 __global__ void __launch_bounds__(kBackwardThreads)
-    normalized_shuffle_row_means_kernel(const __grid_constant__ NormalizedShuffleBackwardParams p, void* row_means) {
+    normalized_shuffle_row_means_kernel(const __grid_constant__ NormalizedShuffleBackwardParams p) {
   using A = accumulate_t<T>;
   VICO_SHARED(A, scratch, [2 * kMaxWarps]);
   const ShuffleShape& s = p.shape;
   const ShuffleRow row(s, kN);
   const int64_t m = blockIdx.x;
-  const T* block = static_cast<const T*>(p.tokens) + s.source_tile(m / s.out_tokens()) * s.tile_stride +
+  const T* block = static_cast<const T*>(p.tokens) + checked_source_tile(s, m / s.out_tokens()) * s.tile_stride +
                    s.block_offset(m % s.out_tokens());
   const T* grad_out = static_cast<const T*>(p.grad_out) + m * s.out_channels();
   const A mean = static_cast<const A*>(p.mean)[m], rstd = static_cast<const A*>(p.rstd)[m];
@@ -187,15 +145,15 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
   block_sum(sums, scratch);
   if (threadIdx.x == 0) {
-    static_cast<A*>(row_means)[2 * m] = sums[0] / static_cast<A>(s.out_channels());
-    static_cast<A*>(row_means)[2 * m + 1] = sums[1] / static_cast<A>(s.out_channels());
+    static_cast<A*>(p.row_means)[2 * m] = sums[0] / static_cast<A>(s.out_channels());
+    static_cast<A*>(p.row_means)[2 * m + 1] = sums[1] / static_cast<A>(s.out_channels());
   }
 }
 
 // Thread block (chunk, slab): thread t has pack slab * threads + t of every row of the chunk.
 template <class T, int kN>
 __global__ void __launch_bounds__(kBackwardThreads)
-    normalized_shuffle_columns_kernel(const __grid_constant__ NormalizedShuffleBackwardParams p, const void* row_means,
+    normalized_shuffle_columns_kernel(const __grid_constant__ NormalizedShuffleBackwardParams p,
                                       int64_t rows_per_chunk) {
   using A = accumulate_t<T>;
   const ShuffleShape &s = p.shape, dense = contiguous(p.shape);
@@ -227,7 +185,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
           grad_weight[i] += d * h;
           grad_bias[i] += d;
           if (!p.grad_tokens) continue;
-          const A* means = static_cast<const A*>(row_means) + 2 * m;
+          const A* means = static_cast<const A*>(p.row_means) + 2 * m;
           dx[i] += rstd * (d * w[i] - means[0] - h * means[1]);
         }
       }
@@ -241,14 +199,12 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
 }
 
-// `plan` is that of these params. tile_offsets and selected_tiles are device memory, both null when every tile was
-// selected once, in order; shape.tile_index is needed as well; used_tiles is not. grad_weight and grad_bias are then
-// combine_chunks_cuda of the partials, at 0 and at out_channels, with chunk_stride 2 * out_channels.
-inline void normalized_shuffle_backward_cuda(const NormalizedShuffleBackwardParams& p,
-                                             const NormalizedShuffleBackwardPlan& plan, void* row_means,
-                                             cudaStream_t stream) {
+void normalized_shuffle_backward_cuda(const NormalizedShuffleBackwardParams& p, cudaStream_t stream) {
+  const NormalizedShuffleBackwardPlan plan = plan_normalized_shuffle_backward(p);
   if (plan.chunks == 0) return;
   const ShuffleShape& s = p.shape;
+  const int64_t blocks = s.tiles * s.out_tokens(), output_rows = s.selected * s.out_tokens();
+  check_shuffle_launch(s, blocks > output_rows ? blocks : output_rows);
   const unsigned chunks = static_cast<unsigned>(plan.chunks);
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
@@ -267,12 +223,11 @@ inline void normalized_shuffle_backward_cuda(const NormalizedShuffleBackwardPara
     const auto means =
         plan.wide ? normalized_shuffle_row_means_kernel<T, kN> : normalized_shuffle_row_means_kernel<T, 1>;
     const auto columns = plan.wide ? normalized_shuffle_columns_kernel<T, kN> : normalized_shuffle_columns_kernel<T, 1>;
-    const unsigned rows = static_cast<unsigned>(s.selected * s.out_tokens());
+    const unsigned rows = static_cast<unsigned>(output_rows);
     const unsigned threads = packs < kBackwardThreads ? round_up(packs, 32) : kBackwardThreads;
     const unsigned slabs = (packs + threads - 1) / threads;
-    if (p.grad_tokens && rows) launch(means, dim3(rows), dim3(threads), 0, stream, p, row_means);
-    launch(columns, dim3(chunks, slabs < 65535 ? slabs : 65535), dim3(threads), 0, stream, p,
-           static_cast<const void*>(row_means), plan.rows_per_chunk);
+    if (p.grad_tokens && rows) launch(means, dim3(rows), dim3(threads), 0, stream, p);
+    launch(columns, dim3(chunks, slabs < 65535 ? slabs : 65535), dim3(threads), 0, stream, p, plan.rows_per_chunk);
   });
 }
 

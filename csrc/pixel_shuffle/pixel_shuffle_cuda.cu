@@ -1,8 +1,6 @@
 // CUDA kernels of pixel_shuffle. One block moves one output token (rate^2 ViT tokens), each byte read once and written
 // once, in packs of 16 bytes where all addresses allow it and of one element where not. A thread has four packs in
 // flight.
-#pragma once
-
 #include "common/shuffle_row.cuh"
 #include "pixel_shuffle/pixel_shuffle.h"
 
@@ -38,7 +36,7 @@ __global__ void __launch_bounds__(kShuffleThreads) pixel_shuffle_kernel(const __
   const ShuffleShape& s = p.shape;
   const ShuffleRow row(s, kN);
   const int64_t m = blockIdx.x;
-  const T* block = reinterpret_cast<const T*>(p.tokens) + s.source_tile(m / s.out_tokens()) * s.tile_stride +
+  const T* block = reinterpret_cast<const T*>(p.tokens) + checked_source_tile(s, m / s.out_tokens()) * s.tile_stride +
                    s.block_offset(m % s.out_tokens());
   T* out = reinterpret_cast<T*>(p.out) + m * s.out_channels();
   move_row<Pack<T, kN>>(
@@ -46,7 +44,7 @@ __global__ void __launch_bounds__(kShuffleThreads) pixel_shuffle_kernel(const __
       [&](unsigned u, const Pack<T, kN>& v) { store_pack(out + int64_t{u} * kN, v); });
 }
 
-inline void pixel_shuffle_cuda(const PixelShuffleParams& p, cudaStream_t stream) {
+void pixel_shuffle_cuda(const PixelShuffleParams& p, cudaStream_t stream) {
   const ShuffleShape& s = p.shape;
   const int64_t rows = s.selected * s.out_tokens();
   if (rows == 0 || s.channels == 0) return;
@@ -107,8 +105,7 @@ __global__ void __launch_bounds__(kShuffleThreads)
                         [&](unsigned u, const Pack<T, kN>& v) { store_pack(grad + row.source(s, u, kN), v); });
 }
 
-// tile_offsets and selected_tiles are device memory; both null: every tile was selected once, in order.
-inline void pixel_shuffle_backward_cuda(const PixelShuffleBackwardParams& p, cudaStream_t stream) {
+void pixel_shuffle_backward_cuda(const PixelShuffleBackwardParams& p, cudaStream_t stream) {
   const ShuffleShape s = contiguous(p.shape);
   const int64_t blocks = s.tiles * (s.out_tokens() + 1);
   if (blocks == 0 || s.channels == 0) return;

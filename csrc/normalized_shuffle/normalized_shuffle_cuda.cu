@@ -4,10 +4,9 @@
 // registers, so that a row is read once, for mean, centred squares and result alike. Weight and bias are loaded once
 // for all rows of the block. Streaming kernel: any row length, alignment and type; a row is read three times, twice
 // from the caches.
-#pragma once
-
 #include "common/block_reduce.cuh"
 #include "common/shuffle_row.cuh"
+#include "normalized_shuffle/backward_cuda.cuh"
 #include "normalized_shuffle/normalized_shuffle.h"
 
 namespace vico {
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(kResidentThreads<kUnits>)
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) break;
     const int64_t m = first + r;
-    const T* block = static_cast<const T*>(p.tokens) + s.source_tile(m / s.out_tokens()) * s.tile_stride +
+    const T* block = static_cast<const T*>(p.tokens) + checked_source_tile(s, m / s.out_tokens()) * s.tile_stride +
                      s.block_offset(m % s.out_tokens());
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(kStreamThreads)
   const ShuffleShape& s = p.shape;
   const ShuffleRow row(s, kN);
   const int64_t m = blockIdx.x;
-  const T* block = static_cast<const T*>(p.tokens) + s.source_tile(m / s.out_tokens()) * s.tile_stride +
+  const T* block = static_cast<const T*>(p.tokens) + checked_source_tile(s, m / s.out_tokens()) * s.tile_stride +
                    s.block_offset(m % s.out_tokens());
   const auto load = [&](unsigned u) { return load_pack<T, kN>(block + row.source(s, u, kN)); };
   const A channels = static_cast<A>(s.out_channels());
@@ -151,7 +150,7 @@ void launch_normalized_shuffle_resident(const NormalizedShuffleParams& p, unsign
          dim3(threads), 0, stream, p, static_cast<int>(per_block));
 }
 
-inline void normalized_shuffle_cuda(const NormalizedShuffleParams& p, cudaStream_t stream) {
+void normalized_shuffle_cuda(const NormalizedShuffleParams& p, cudaStream_t stream) {
   const ShuffleShape& s = p.shape;
   const int64_t rows = s.selected * s.out_tokens();
   if (rows == 0 || s.channels == 0) return;
