@@ -8,10 +8,9 @@
 #pragma once
 
 #include "bias_gelu/bias_gelu.h"
+#include "common/cuda_stream.h"
 #include "common/dtype.h"
 #include "common/shuffle.h"
-
-struct CUstream_st;
 
 namespace vico {
 
@@ -39,6 +38,7 @@ struct ProjectionGroup {
   // Row m is written to row out_row[m / tile_rows] + m % tile_rows of `out`; null: to row m. No two to one place.
   void* out = nullptr;     // must not alias any input
   int64_t out_stride = 0;  // elements
+  int64_t out_rows = 0;    // rows of `out`; places outside end the kernel with a message
   const int64_t* out_row = nullptr;
   int64_t tile_rows = 1;
 };
@@ -49,6 +49,6 @@ struct ProjectionParams {
 };
 
 // On the current device, for bfloat16 and float16 alone; launches nothing where there are no rows.
-void projection_cuda(const ProjectionParams&, CUstream_st* stream);
+void projection_cuda(const ProjectionParams& p, cudaStream_t stream);
 
 }  // namespace vico

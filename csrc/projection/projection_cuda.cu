@@ -5,11 +5,11 @@
 
 namespace vico {
 
-void projection_cuda(const ProjectionParams& p, CUstream_st* stream) {
-  const DeviceFacts device = current_device();
+void projection_cuda(const ProjectionParams& p, cudaStream_t stream) {
+  const int device = current_device();
   // wgmma is of compute capability 9.0 alone: newer devices have no sm_90a.
-  if (device.capability == 90 && fits_sm90(p)) {
-    launch_projection_sm90(p, device.multiprocessors, stream);
+  if (compute_capability(device) == 90 && fits_sm90(p)) {
+    launch_projection_sm90(p, multiprocessor_count(device), stream);
   } else {
     launch_projection_sm80(p, stream);
   }

@@ -14,7 +14,7 @@ constexpr unsigned kBandRows = 2048;  // of tiles that run together, see find_ti
 
 struct ProjectionTile {
   int group;
-  int64_t row, column;  // of its first element
+  int row, column;  // of its first element
 };
 
 template <int kM, int kN>
@@ -22,7 +22,8 @@ VICO_INLINE int64_t tile_count(const ProjectionGroup& g) {
   return (g.rows + kM - 1) / kM * ((g.columns + kN - 1) / kN);
 }
 
-// Tile `index` of all: group 0's first; in bands of kBandRows rows; within a band down the rows, then along the columns.
+// Tile `index` of all: group 0's first; in bands of kBandRows rows; within a band down the rows, then along the
+// columns.
 template <int kM, int kN>
 VICO_DEVICE ProjectionTile find_tile(const ProjectionParams& p, unsigned index) {
   const unsigned first = static_cast<unsigned>(tile_count<kM, kN>(p.group[0]));
@@ -34,7 +35,7 @@ VICO_DEVICE ProjectionTile find_tile(const ProjectionParams& p, unsigned index) 
   const unsigned wide = static_cast<unsigned>((g.columns + kN - 1) / kN);
   const unsigned top = index / (kBand * wide) * kBand, in_band = index % (kBand * wide);
   const unsigned band = high - top < kBand ? high - top : kBand;
-  return {group, int64_t{top + in_band % band} * kM, int64_t{in_band / band} * kN};
+  return {group, static_cast<int>((top + in_band % band) * kM), static_cast<int>(in_band / band * kN)};
 }
 
 // Bit i: whether dropout keeps element first + i (common/philox.h has the numbering).
@@ -82,10 +83,17 @@ struct OutputRow {
   int64_t offset;  // of its first element in `out`
   float mean, rstd;
 
-  VICO_DEVICE OutputRow(const ProjectionGroup& g, int64_t row) : valid(row < g.rows), offset(0), mean(0), rstd(1) {
+  VICO_DEVICE OutputRow(const ProjectionGroup& g, int row) : valid(row < g.rows), offset(0), mean(0), rstd(1) {
     if (!valid) return;
-    const unsigned m = static_cast<unsigned>(row), per_tile = static_cast<unsigned>(g.tile_rows);
-    offset = (g.out_row ? g.out_row[m / per_tile] + m % per_tile : row) * g.out_stride;
+    int64_t place = row;
+    if (g.out_row) {
+      const unsigned tile_rows = static_cast<unsigned>(g.tile_rows), tile = static_cast<unsigned>(row) / tile_rows;
+      place = g.out_row[tile] + static_cast<unsigned>(row) % tile_rows;
+      VICO_DEVICE_CHECK(place >= 0 && place < g.out_rows,
+                        "rows must go to places in [0, %lld), row %d would go to %lld",
+                        static_cast<long long>(g.out_rows), row, static_cast<long long>(place));
+    }
+    offset = place * g.out_stride;
     if (g.mean) {
       mean = g.mean[row];
       rstd = g.rstd[row];
@@ -113,22 +121,26 @@ VICO_DEVICE uint32_t pack_pair(float low, float high) {
   return std::is_same_v<T, Half> ? ptx::pack_half(low, high) : ptx::pack_bfloat16(low, high);
 }
 
+// Whether rows of the output can be written 16 bytes at a time.
+VICO_INLINE bool has_wide_rows(const ProjectionGroup& g) {
+  return reinterpret_cast<uintptr_t>(g.out) % 16 == 0 && g.out_stride % 8 == 0;
+}
+
 // Finishes and writes 16 rows by 32 columns, from (row, column) on, of the four mma fragments that a warp holds side by
 // side: sum(j, i) is register i of the j-th 16 x 8. output_row(h) is this lane's row, row + lane / 4 + 8 h.
 template <class T, class Row, class Sum>
-VICO_DEVICE void write_fragments(const ProjectionGroup& g, int64_t row, int64_t column, bool wide,
-                                 const Row& output_row, const Sum& sum) {
+VICO_DEVICE void write_fragments(const ProjectionGroup& g, int row, int column, const Row& output_row, const Sum& sum) {
   const int lane = static_cast<int>(threadIdx.x % 32), quad = lane % 4;
   float bias[8], gain_sum[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int64_t c = column + i / 2 * 8 + 2 * quad + i % 2;
+    const int c = column + i / 2 * 8 + 2 * quad + i % 2;
     bias[i] = g.bias && c < g.columns ? g.bias[c] : 0.0f;
     gain_sum[i] = g.mean && c < g.columns ? g.gain_sum[c] : 0.0f;
   }
   // Lane l draws for row l % 16.
-  const uint32_t drawn = g.mask.active ? kept_elements(g.mask, static_cast<uint64_t>((row + lane % 16) * g.columns + column)) : 0;
-  const float scale = static_cast<float>(g.mask.scale);
+  const uint32_t drawn =
+      g.mask.active ? kept_elements(g.mask, static_cast<uint64_t>((row + lane % 16) * g.columns + column)) : 0;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const OutputRow m = output_row(h);
@@ -141,14 +153,14 @@ VICO_DEVICE void write_fragments(const ProjectionGroup& g, int64_t row, int64_t 
       for (int i = 0; i < 2; ++i) {
         const float z = m.rstd * (sum(j, 2 * h + i) - m.mean * gain_sum[2 * j + i]) + bias[2 * j + i];
         y[i] = g.gelu ? exact_gelu(z) : z;
-        if (g.mask.active) y[i] *= kept >> (8 * j + 2 * quad + i) & 1 ? scale : 0.0f;
+        if (g.mask.active) y[i] *= kept >> (8 * j + 2 * quad + i) & 1 ? static_cast<float>(g.mask.scale) : 0.0f;
       }
       pairs[j] = pack_pair<T>(y[0], y[1]);
     }
     transpose_quad(pairs);
-    const int64_t c = column + 8 * quad;
+    const int c = column + 8 * quad;
     T* out = static_cast<T*>(g.out) + m.offset + c;
-    if (m.valid && wide && c + 8 <= g.columns) {
+    if (m.valid && c + 8 <= g.columns && has_wide_rows(g)) {
       ptx::store16(out, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
     } else if (m.valid) {
 #pragma unroll
@@ -157,11 +169,6 @@ VICO_DEVICE void write_fragments(const ProjectionGroup& g, int64_t row, int64_t 
       }
     }
   }
-}
-
-// Whether rows of the output can be written 16 bytes at a time.
-VICO_INLINE bool has_wide_rows(const ProjectionGroup& g) {
-  return reinterpret_cast<uintptr_t>(g.out) % 16 == 0 && g.out_stride % 8 == 0;
 }
 
 // ---- for launches
@@ -178,7 +185,8 @@ unsigned checked_tiles(const ProjectionParams& p) {
   for (const ProjectionGroup& g : p.group) {
     if (g.rows > kMax || g.columns > kMax || g.depth > kMax) {
       throw std::runtime_error("a projection of " + std::to_string(g.rows) + " rows, " + std::to_string(g.columns) +
-                               " columns and depth " + std::to_string(g.depth) + ": CUDA kernels take up to 2^31 - 513");
+                               " columns and depth " + std::to_string(g.depth) +
+                               ": CUDA kernels take up to 2^31 - 513");
     }
   }
   const int64_t tiles = tile_count<kM, kN>(p.group[0]) + tile_count<kM, kN>(p.group[1]);

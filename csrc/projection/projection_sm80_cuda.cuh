@@ -50,7 +50,8 @@ VICO_DEVICE const T* row_of_a(const ProjectionGroup& g, unsigned row) {
   const unsigned out_h = static_cast<unsigned>(s.grid_h) / rate, out_w = static_cast<unsigned>(s.grid_w) / rate;
   const unsigned tile = row / (out_h * out_w), token = row % (out_h * out_w);
   const unsigned h = s.transposed ? token % out_h : token / out_w, w = s.transposed ? token / out_h : token % out_w;
-  return a + s.source_tile(tile) * s.tile_stride + (s.skip + h * s.rate * s.grid_w + w * s.rate) * s.token_stride;
+  return a + checked_source_tile(s, tile) * s.tile_stride +
+         (s.skip + h * s.rate * s.grid_w + w * s.rate) * s.token_stride;
 }
 
 // Copies the chunk of 8 elements that begins at the cursor, whose place in memory is `from`; zeros where the row or the
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(Sm80Projection::kThreads, 2)
   bool valid_a[2], valid_w[2];
 #pragma unroll
   for (int u = 0; u < 2; ++u) {
-    const int64_t m = tile.row + tid / 4 + 64 * u, n = tile.column + tid / 4 + 64 * u;
+    const int m = tile.row + tid / 4 + 64 * u, n = tile.column + tid / 4 + 64 * u;
     valid_a[u] = m < g.rows;
     valid_w[u] = n < g.columns;
     from_a[u] = row_of_a<T>(g, valid_a[u] ? static_cast<unsigned>(m) : 0);
@@ -156,13 +157,13 @@ __global__ void __launch_bounds__(Sm80Projection::kThreads, 2)
   }
   ptx::cp_async_wait<0>();
 
-  if (tile.column + warp_column >= g.columns) return;
-  const bool wide = has_wide_rows(g);
+  const int column = tile.column + warp_column;
+  if (column >= g.columns) return;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int64_t row = tile.row + warp_row + 16 * i;
+    const int row = tile.row + warp_row + 16 * i;
     write_fragments<T>(
-        g, row, tile.column + warp_column, wide, [&](int h) { return OutputRow(g, row + lane / 4 + 8 * h); },
+        g, row, column, [&](int h) { return OutputRow(g, row + lane / 4 + 8 * h); },
         [&](int j, int r) { return sums[i][j][r]; });
   }
 }
@@ -173,7 +174,7 @@ inline bool has_wide_operands(const ProjectionGroup& g) {
   return g.rows == 0 || (rows && is_aligned16(g.weight) && g.depth % 8 == 0);
 }
 
-inline void launch_projection_sm80(const ProjectionParams& params, CUstream_st* stream) {
+inline void launch_projection_sm80(const ProjectionParams& params, cudaStream_t stream) {
   using S = Sm80Projection;
   const ProjectionParams p = deepest_first(params);
   const unsigned tiles = checked_tiles<S::kRows, S::kColumns>(p);

@@ -47,15 +47,15 @@ struct BoxOfA {
   bool shuffled;
   int row, run, outer, tile;  // run: elements that are contiguous along K
 
-  VICO_DEVICE BoxOfA(const ProjectionGroup& g, int64_t first_row)
-      : shuffled(g.shuffled), row(static_cast<int>(first_row)), run(1), outer(0), tile(0) {
+  VICO_DEVICE BoxOfA(const ProjectionGroup& g, int first_row)
+      : shuffled(g.shuffled), row(first_row), run(1), outer(0), tile(0) {
     if (!shuffled) return;
     const ShuffleShape& s = g.shape;
     run = static_cast<int>(s.rate * s.channels);
     const int64_t inner = s.transposed ? s.out_h() : s.out_w();
     outer = static_cast<int>(first_row % s.out_tokens() / inner);
     // Behind the last row lies the tile after the last one: outside the tensor, zeros.
-    tile = static_cast<int>(first_row < g.rows ? s.source_tile(first_row / s.out_tokens()) : s.tiles);
+    tile = static_cast<int>(first_row < g.rows ? checked_source_tile(s, first_row / s.out_tokens()) : s.tiles);
   }
   VICO_DEVICE void load(void* to, const CUtensorMap* map, int k, uint64_t* full) const {
     if (shuffled) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
       const ProjectionGroup& g = p.group[tile.group];
       const BoxOfA upper(g, tile.row), lower(g, tile.row + S::kBoxRows);
       const CUtensorMap *map_a = &maps.a[tile.group], *map_w = &maps.weight[tile.group];
-      const int depth = static_cast<int>(g.depth), column = static_cast<int>(tile.column);
+      const int depth = static_cast<int>(g.depth), column = tile.column;
 #pragma unroll 1
       for (int k = 0; k < depth; k += S::kDepth) {
         unsigned char* stage = shared + ring.stage * S::kStageBytes;
@@ -146,14 +146,13 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
     ptx::wgmma_wait<0>();
     if (lane == 0) ptx::mbarrier_arrive(&empty[previous]);
 
-    const int64_t row = tile.row + box * S::kBoxRows + 16 * warp;
+    const int row = tile.row + box * S::kBoxRows + 16 * warp;
     const OutputRow rows[2] = {OutputRow(g, row + lane / 4), OutputRow(g, row + lane / 4 + 8)};
-    const bool wide = has_wide_rows(g);
 #pragma unroll
     for (int q = 0; q < kN / 32; ++q) {
       if (tile.column + 32 * q < g.columns) {
         write_fragments<T>(
-            g, row, tile.column + 32 * q, wide, [&](int h) { return rows[h]; },
+            g, row, tile.column + 32 * q, [&](int h) { return rows[h]; },
             [&](int j, int r) { return sums[16 * q + 4 * j + r]; });
       }
     }
@@ -221,7 +220,7 @@ inline bool fits_sm90(const ProjectionGroup& g) {
 inline bool fits_sm90(const ProjectionParams& p) { return fits_sm90(p.group[0]) && fits_sm90(p.group[1]); }
 
 template <class T, int kN>
-void launch_projection_sm90(const ProjectionParams& p, int multiprocessors, CUstream_st* stream) {
+void launch_projection_sm90(const ProjectionParams& p, int multiprocessors, cudaStream_t stream) {
   using S = Sm90Projection<kN>;
   const unsigned tiles = checked_tiles<S::kRows, kN>(p);
   if (tiles == 0) return;
@@ -233,11 +232,11 @@ void launch_projection_sm90(const ProjectionParams& p, int multiprocessors, CUst
     maps.a[i] = map_of_a(g, element);
     maps.weight[i] = map_of_weight(g, element, kN);
   }
-  launch(projection_sm90_kernel<T, kN>, dim3(std::min(tiles, static_cast<unsigned>(multiprocessors))), dim3(S::kThreads), S::kShared, stream,
-         p, maps, tiles);
+  launch(projection_sm90_kernel<T, kN>, dim3(std::min(tiles, static_cast<unsigned>(multiprocessors))),
+         dim3(S::kThreads), S::kShared, stream, p, maps, tiles);
 }
 
-inline void launch_projection_sm90(const ProjectionParams& params, int multiprocessors, CUstream_st* stream) {
+inline void launch_projection_sm90(const ProjectionParams& params, int multiprocessors, cudaStream_t stream) {
   if (!fits_sm90(params)) throw std::runtime_error("the sm_90a projection kernel does not take these groups");
   const ProjectionParams p = deepest_first(params);
   // Smaller tiles where the large ones would leave multiprocessors without any.

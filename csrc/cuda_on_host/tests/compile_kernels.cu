@@ -3,3 +3,4 @@
 #include "common/tile_map_cuda.cu"
 #include "normalized_shuffle/normalized_shuffle_cuda.cu"
 #include "pixel_shuffle/pixel_shuffle_cuda.cu"
+#include "projection/projection_cuda.cu"

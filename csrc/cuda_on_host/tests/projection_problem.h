@@ -70,6 +70,7 @@ class GroupData {
     }
     g.out = out_->data();
     g.out_stride = out_stride;
+    g.out_rows = out_stride ? static_cast<int64_t>(out_->size()) / out_stride : 0;
     if (q_.mapped) g.out_row = out_row_->data();
     g.tile_rows = std::max<int64_t>(1, q_.tile_rows);
   }
@@ -147,7 +148,7 @@ class GroupData {
   std::unique_ptr<Buffer<int64_t>> out_row_;
 };
 
-using Projection = void (*)(const vico::ProjectionParams&, CUstream_st*);
+using Projection = void (*)(const vico::ProjectionParams&, cudaStream_t);
 
 template <class T>
 void project(Projection kernel, const std::vector<GroupProblem>& groups, uint64_t seed = 1) {

@@ -9,7 +9,7 @@ using vico::BFloat16;
 using vico::Half;
 
 // On three multiprocessors, so that persistent blocks have several tiles each.
-void kernel(const vico::ProjectionParams& p, CUstream_st* stream) { vico::launch_projection_sm90(p, 3, stream); }
+void kernel(const vico::ProjectionParams& p, cudaStream_t stream) { vico::launch_projection_sm90(p, 3, stream); }
 
 GroupProblem rows(int64_t tiles, int64_t tile_rows, int64_t columns, int64_t depth) {
   GroupProblem q;
@@ -90,6 +90,31 @@ COH_CASE(what_does_not_fit) {
   expect(!fits(view({1, 16, 16, 24, 2, 1}, 8)), "a run of 48 channels");
   expect(!fits(view({1, 16, 16, 32, 2, 1, false, Gather::kNone, 8, 0}, 8)), "gaps between tokens");
   expect(!fits(view({1, 6, 64, 32, 2, 0}, 8)), "32 x 3 output tokens");
+}
+
+// A place or a tile that does not exist ends the kernel, as index checks on the device do.
+COH_CASE(bad_indices) {
+  const auto message = [](const GroupProblem& q, int64_t out_rows, int64_t tile) -> std::string {
+    coh::Random random(1);
+    GroupData<BFloat16> d(q, random);
+    vico::ProjectionParams p;
+    p.group[0] = d.g;
+    Buffer<int64_t> tile_index(1);
+    tile_index[0] = tile;
+    if (q.view) p.group[0].shape.tile_index = tile_index.data();
+    p.group[0].out_rows = out_rows;
+    try {
+      kernel(p, nullptr);
+    } catch (const std::exception& e) {
+      return e.what();
+    }
+    return "";
+  };
+  GroupProblem q = rows(1, 2, 8, 8), shuffled = view({1, 16, 16, 32, 2, 1, false, Gather::kSome}, 8);
+  q.mapped = true;
+  const std::string place = message(q, 2, 0), tile = message(shuffled, 64, 1);
+  expect(place.find("places in [0, 2), row 1 would go to 2") != std::string::npos, "got: %s", place.c_str());
+  expect(tile.find("tile_index must lie in [0, 1), got 1") != std::string::npos, "got: %s", tile.c_str());
 }
 
 COH_MAIN
