@@ -1,9 +1,8 @@
 // The door of bias_gelu: checks, allocation, threads.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
 #include "bias_gelu/bias_gelu.h"
+#include "bias_gelu/dropout_args.h"
 #include "common/parameter.h"
 
 namespace vico {
@@ -18,21 +17,6 @@ Dtype checked_dtype(const Tensor& x, const std::optional<Tensor>& bias, const ch
   VICO_CHECK(x.dim() >= 1, op, "x must have shape [..., features], got []");
   if (bias) check_parameter(*bias, x, x.size(x.dim() - 1), "bias", "x", "[features]", op);
   return dtype;
-}
-
-DropoutMask dropout_mask(const std::optional<Tensor>& seed, double dropout, const char* op) {
-  VICO_CHECK(dropout >= 0 && dropout <= 1, op, "dropout must lie in [0, 1], got ", dropout);
-  DropoutMask mask;
-  if (dropout == 0) return mask;
-  VICO_CHECK(seed.has_value(), op, "dropout ", dropout, " needs a seed: a tensor [1] of int64");
-  check_cpu(*seed, "seed", op);
-  check_dtype(*seed, ScalarType::Long, "seed", "int64", op);
-  check_shape(*seed, {1}, "seed", "[1]", op);
-  mask.active = true;
-  mask.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  mask.keep_below = static_cast<uint32_t>(std::min(std::round((1 - dropout) * 4294967296.0), 4294967295.0));
-  mask.scale = dropout < 1 ? 1 / (1 - dropout) : 0;
-  return mask;
 }
 
 void run_forward(const Tensor& x, const std::optional<Tensor>& bias_in, const std::optional<Tensor>& seed,

@@ -35,11 +35,14 @@ struct ProjectionGroup {
   bool gelu = false;
   DropoutMask mask;  // element (m, n) is number m * columns + n, as in bias_gelu of this group's [rows, columns]
 
-  // Row m is written to row out_row[m / tile_rows] + m % tile_rows of `out`; null: to row m. No two to one place.
-  void* out = nullptr;     // must not alias any input
-  int64_t out_stride = 0;  // elements
-  int64_t out_rows = 0;    // rows of `out`; places outside end the kernel with a message
-  const int64_t* out_row = nullptr;
+  // Row m is number m % tile_rows of tile t = m / tile_rows. It is written to row out_row[out_tile[t]] + m % tile_rows
+  // of `out`, or, if out_tile is null, out_row[t] + m % tile_rows; if both are null, to row m. No two to one place.
+  void* out = nullptr;                // must not alias any input
+  int64_t out_stride = 0;             // elements
+  int64_t out_rows = 0;               // rows of `out`; places outside end the kernel with a message
+  const int64_t* out_row = nullptr;   // [out_tiles], first row of each tile
+  const int64_t* out_tile = nullptr;  // [rows / tile_rows]
+  int64_t out_tiles = 0;
   int64_t tile_rows = 1;
 };
 

@@ -87,7 +87,10 @@ struct OutputRow {
     if (!valid) return;
     int64_t place = row;
     if (g.out_row) {
-      const unsigned tile_rows = static_cast<unsigned>(g.tile_rows), tile = static_cast<unsigned>(row) / tile_rows;
+      const unsigned tile_rows = static_cast<unsigned>(g.tile_rows), t = static_cast<unsigned>(row) / tile_rows;
+      const int64_t tile = g.out_tile ? g.out_tile[t] : t;
+      VICO_DEVICE_CHECK(tile >= 0 && tile < g.out_tiles, "tiles must lie in [0, %lld), got %lld",
+                        static_cast<long long>(g.out_tiles), static_cast<long long>(tile));
       place = g.out_row[tile] + static_cast<unsigned>(row) % tile_rows;
       VICO_DEVICE_CHECK(place >= 0 && place < g.out_rows,
                         "rows must go to places in [0, %lld), row %d would go to %lld",

@@ -11,6 +11,7 @@ from vico_ext.ops import (
     normalized_shuffle,
     pack_tokens,
     pixel_shuffle,
+    projection,
     routing_plan,
     skinny_linear,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "normalized_shuffle",
     "pack_tokens",
     "pixel_shuffle",
+    "projection",
     "routing_plan",
     "skinny_linear",
 ]

@@ -16,8 +16,9 @@ struct GroupProblem {
   int64_t tiles = 1, tile_rows = 1, columns = 1, depth = 1;
   bool bias = false, gelu = false;
   double dropout = 0;
-  bool mapped = false;  // rows go to places of their own, tile by tile
-  bool folded = false;  // LayerNorm
+  bool mapped = false;   // rows go to places of their own, tile by tile
+  bool ordered = false;  // and the places are those of other tiles
+  bool folded = false;   // LayerNorm
   int64_t a_padding = 0, out_padding = 0;
   size_t offset = 0;  // elements before the first, of every buffer
   std::optional<ShuffleProblem> view = std::nullopt;
@@ -43,6 +44,8 @@ class GroupData {
     rstd_ = floats(rows_, random);
     const int64_t tiles = q_.tile_rows ? rows_ / q_.tile_rows : 0;
     out_row_ = std::make_unique<Buffer<int64_t>>(static_cast<size_t>(tiles));
+    out_tile_ = std::make_unique<Buffer<int64_t>>(static_cast<size_t>(tiles));
+    for (int64_t t = 0; t < tiles; ++t) (*out_tile_)[at(t)] = (t + 1) % tiles;
     // From the last place to the first, with a free row before each tile's.
     for (int64_t t = 0; t < tiles; ++t) (*out_row_)[static_cast<size_t>(t)] = (tiles - 1 - t) * (q_.tile_rows + 1) + 1;
     out_ = buffer<T>((rows_ + (q_.mapped ? tiles : 0)) * out_stride);
@@ -72,6 +75,8 @@ class GroupData {
     g.out_stride = out_stride;
     g.out_rows = out_stride ? static_cast<int64_t>(out_->size()) / out_stride : 0;
     if (q_.mapped) g.out_row = out_row_->data();
+    if (q_.mapped && q_.ordered) g.out_tile = out_tile_->data();
+    g.out_tiles = tiles;
     g.tile_rows = std::max<int64_t>(1, q_.tile_rows);
   }
 
@@ -79,7 +84,8 @@ class GroupData {
     const int64_t stride = q_.columns + q_.out_padding;
     std::vector<bool> written(out_->size());
     for (int64_t m = 0; m < rows_; ++m) {
-      const int64_t place = q_.mapped ? (*out_row_)[at(m / q_.tile_rows)] + m % q_.tile_rows : m;
+      const int64_t t = m / q_.tile_rows, tile = q_.ordered ? (*out_tile_)[at(t)] : t;
+      const int64_t place = q_.mapped ? (*out_row_)[at(tile)] + m % q_.tile_rows : m;
       for (int64_t n = 0; n < q_.columns; ++n) {
         const size_t i = at(place * stride + n);
         written[i] = true;
@@ -145,7 +151,7 @@ class GroupData {
   ShuffleData<T> tokens_;
   std::unique_ptr<Buffer<T>> a_, weight_, out_;
   std::unique_ptr<Buffer<float>> bias_, gain_sum_, mean_, rstd_;
-  std::unique_ptr<Buffer<int64_t>> out_row_;
+  std::unique_ptr<Buffer<int64_t>> out_row_, out_tile_;
 };
 
 using Projection = void (*)(const vico::ProjectionParams&, cudaStream_t);

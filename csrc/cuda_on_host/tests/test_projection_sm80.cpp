@@ -71,7 +71,7 @@ COH_CASE(two_groups) {
   compressed.dropout = 0.1;
   project<BFloat16>(kernel, {full, compressed});
   full.gelu = compressed.gelu = false;
-  full.mapped = compressed.mapped = true;
+  full.mapped = compressed.mapped = compressed.ordered = true;
   compressed.dropout = 0;
   project<Half>(kernel, {full, compressed});
 }

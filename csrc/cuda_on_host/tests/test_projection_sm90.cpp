@@ -46,7 +46,7 @@ COH_CASE(large_tiles_persist) {
 }
 COH_CASE(two_groups_mapped) {
   GroupProblem full = rows(2, 48, 40, 64), compressed = rows(3, 16, 24, 128);
-  full.bias = compressed.bias = full.mapped = compressed.mapped = true;
+  full.bias = compressed.bias = full.mapped = compressed.mapped = compressed.ordered = true;
   project<BFloat16>(kernel, {full, compressed});
 }
 COH_CASE(odd_columns_and_dropout) {
