@@ -207,13 +207,19 @@ GOOD = group(1, 4, 8, 6)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((None,) * 6, "full or compressed must be given, got None for both"),
+        ((None, GOOD[1], None, None, None, None), "full or compressed must be given, got None for both"),
         ((GOOD[0], None, None, None, None, None), "full needs full_weight, got None"),
         ((GOOD[0].int(), *GOOD[1:], None, None, None), "full must be float32, .* got int32"),
         ((*GOOD, GOOD[0].double(), *GOOD[1:]), r"compressed must have the dtype of full \(float32\), got float64"),
-        ((GOOD[0][0, 0], *GOOD[1:], None, None, None), r"full must have shape \[\.\.\., rows, in features\], got \[8\]"),
+        (
+            (GOOD[0][0, 0], *GOOD[1:], None, None, None),
+            r"full must have shape \[\.\.\., rows, in features\], got \[8\]",
+        ),
         ((GOOD[0], GOOD[1].half(), None, None, None, None), "full_weight must have the dtype of full"),
-        ((GOOD[0], GOOD[1][:, :7], None, None, None, None), r"full_weight must have shape .* = \[\*, 8\], got \[6, 7\]"),
+        (
+            (GOOD[0], GOOD[1][:, :7], None, None, None, None),
+            r"full_weight must have shape .* = \[\*, 8\], got \[6, 7\]",
+        ),
         ((*GOOD[:2], GOOD[2][:5], None, None, None), r"full_bias must have shape \[out features\] = \[6\], got \[5\]"),
         ((*GOOD, *GOOD[:2], GOOD[2].double()), "compressed_bias must have the dtype of the activations"),
     ],
@@ -224,11 +230,11 @@ def test_bad_groups(arguments, message):
 
 
 def test_bad_arguments():
-    with pytest.raises(RuntimeError, match="dropout follows GELU alone, got dropout 0.1 without gelu"):
+    with pytest.raises(RuntimeError, match=r"dropout follows GELU alone, got dropout 0\.1 without"):
         op(*GOOD, None, None, None, False, torch.tensor([1]), 0.1)
     with pytest.raises(RuntimeError, match=r"dropout 0.1 needs a seed"):
         op(*GOOD, None, None, None, True, None, 0.1)
-    plan = plan_of((False, True), (4, 4))
+    plan = plan_of((False, True), (8, 4))
     with pytest.raises(RuntimeError, match=r"compressed_weight must have shape .* = \[6, \*\], got \[5, 8\]"):
         packed_op(*GOOD, *group(1, 4, 8, 5), plan.cu_tokens, plan.order)
     with pytest.raises(RuntimeError, match=r"full must have shape \[tiles, tokens, in features\]"):
@@ -241,11 +247,15 @@ def test_bad_arguments():
         fused(torch.zeros(1, 65, 6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plan_of_another_batch(dtype):
+def test_plan_of_another_batch():
     plan = plan_of((False, True), (4, 2))
-    arguments = (*group(1, 4, 8, 6, dtype), *group(1, 2, 8, 6, dtype))
+    arguments = (*group(1, 4, 8, 6, torch.bfloat16), *group(1, 2, 8, 6, torch.bfloat16))
     with pytest.raises(RuntimeError, match="cu_tokens must have shape"):
         packed_op(*arguments, plan.cu_tokens[:2], plan.order)
-    with pytest.raises(RuntimeError, match="order must be on|order must be int64"):
+    with pytest.raises(RuntimeError, match="order must be int64, got int32"):
         packed_op(*arguments, plan.cu_tokens, plan.order.int())
+    # The CUDA kernels, which the test build runs, see only what leads outside.
+    with pytest.raises(RuntimeError, match=r"must begin with 0, got 3|rows must go to places in \[0, 6\)"):
+        packed_op(*arguments, plan.cu_tokens + 3, plan.order)
+    with pytest.raises(RuntimeError, match=r"another batch|tiles must lie in|rows must go to places in"):
+        packed_op(*arguments, plan.cu_tokens, plan.order + 1)

@@ -14,7 +14,18 @@ namespace vico {
 // Rows per chunk: enough that partial sums are small beside the data, few enough to feed many threads.
 constexpr int64_t kChunkRows = 64;
 
-inline int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
+VICO_INLINE int64_t chunk_count(int64_t rows, int64_t chunk_rows = kChunkRows) {
+  return (rows + chunk_rows - 1) / chunk_rows;
+}
+
+// Rows per chunk of the CUDA kernels that work in row chunks (common/row_chunks.cuh): enough blocks to fill a large
+// GPU, or else rows enough to have several in flight. A function of the problem alone, like the sums that depend on it.
+VICO_INLINE int64_t cuda_chunk_rows(int64_t rows, int64_t columns, Dtype dtype) {
+  constexpr int64_t kSlabBytes = 128 * 16, kBlocks = 8 * 132, kLeast = 4;
+  const int64_t slabs = (columns * element_size(dtype) + kSlabBytes - 1) / kSlabBytes;
+  const int64_t wanted = (rows * slabs + kBlocks - 1) / kBlocks;
+  return wanted < kLeast ? kLeast : wanted > kChunkRows ? kChunkRows : wanted;
+}
 
 struct ColumnSumParams {
   Dtype dtype = Dtype::kFloat;  // of `out`; partial sums are float, or double where `out` is double

@@ -64,6 +64,7 @@ void check_kernels(const Tensor& t, const char* op) {
 #endif
 }
 
+#if defined(VICO_WITH_CUDA) || defined(VICO_CUDA_ON_HOST)
 void detail::run_on_device_of(const Tensor& like, const char* op, CudaKernel kernel, const void* context) {
 #ifdef VICO_WITH_CUDA
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
@@ -81,5 +82,6 @@ void detail::run_on_device_of(const Tensor& like, const char* op, CudaKernel ker
     fail(op, e.what());
   }
 }
+#endif
 
 }  // namespace vico

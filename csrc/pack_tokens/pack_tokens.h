@@ -1,7 +1,9 @@
 // pack_tokens: the rows of both connectors, each plus its bias, written to their places in the packed order.
 #pragma once
 
+#include "common/column_sum.h"
 #include "common/cpu_arch.h"
+#include "common/cuda_stream.h"
 #include "common/dtype.h"
 
 namespace vico {
@@ -44,11 +46,14 @@ struct PackTokensBackwardParams {
   void* grad_compressed = nullptr;  // contiguous
   // [full chunks + compressed chunks, hidden], type of the biases: sums over the rows of each chunk
   void* partials = nullptr;
+  int64_t chunk_rows = kChunkRows;  // CUDA: rows per chunk
 };
 
 // Source rows [begin, end).
 VICO_CPU_KERNEL(pack_tokens, const PackTokensParams&, int64_t begin, int64_t end)
+void pack_tokens_cuda(const PackTokensParams& p, cudaStream_t stream);
 // Chunks [begin, end) of kChunkRows rows each (common/column_sum.h), those of `full` first.
 VICO_CPU_KERNEL(pack_tokens_backward, const PackTokensBackwardParams&, int64_t begin, int64_t end)
+void pack_tokens_backward_cuda(const PackTokensBackwardParams& p, cudaStream_t stream);
 
 }  // namespace vico

@@ -4,6 +4,7 @@
 
 #include "bias_gelu/dropout_args.h"
 #include "common/parameter.h"
+#include "pack_tokens/plan_args.h"
 #include "projection/projection.h"
 
 namespace vico {
@@ -86,7 +87,7 @@ std::tuple<Tensor, Tensor> projection_op(const std::optional<Tensor>& full, cons
     if (g.x) check_group(g, like, first.x_name, kOp);
   }
   VICO_CHECK(gelu || dropout == 0, kOp, "dropout follows GELU alone, got dropout ", dropout, " without gelu");
-  const DropoutMask mask = dropout_mask(seed, dropout, kOp);
+  const DropoutMask mask = dropout_mask(like, first.x_name, seed, dropout, kOp);
 
   Tensor outs[2] = {make_tensor(like, {0}), make_tensor(like, {0})};
   ProjectionParams p;
@@ -135,31 +136,27 @@ Tensor packed_projection_op(const Tensor& full_in, const Tensor& full_weight, co
   }
   check_shape(compressed_weight, {full_weight.size(0), -1}, "compressed_weight",
               "[out features of full_weight, in features]", kOp);
+  PackShape plan;
+  plan.full_tiles = full_in.size(0);
+  plan.full_tokens = full_in.size(1);
+  plan.compressed_tiles = compressed_in.size(0);
+  plan.compressed_tokens = compressed_in.size(1);
+  check_plan(cu_tokens, order, full_in, "full", plan, kOp);
   if (!has_kernel(full_in)) {
     return call_op("vico::pack_tokens", torch_linear(groups[0], false), torch_linear(groups[1], false), full_bias,
                    compressed_bias, cu_tokens, order);
   }
-  const int64_t tiles = full_in.size(0) + compressed_in.size(0);
-  for (const auto& [t, name] : {std::pair{&cu_tokens, "cu_tokens"}, std::pair{&order, "order"}}) {
-    check_device(*t, full_in, name, "full", kOp);
-    check_dtype(*t, ScalarType::Long, name, "int64", kOp);
-  }
-  check_shape(cu_tokens, {tiles + 1}, "cu_tokens", "[full tiles + compressed tiles + 1]", kOp);
-  check_shape(order, {tiles}, "order", "[full tiles + compressed tiles]", kOp);
-  VICO_CHECK(cu_tokens.is_contiguous() && order.is_contiguous(), kOp, "cu_tokens and order must be contiguous");
-
   const KernelGroup kept[2] = {KernelGroup(groups[0]), KernelGroup(groups[1])};
-  const int64_t rows = kept[0].group.rows + kept[1].group.rows;
-  Tensor out = make_tensor(full_in, {rows, full_weight.size(0)});
+  Tensor out = make_tensor(full_in, {plan.rows(), full_weight.size(0)});
   ProjectionParams p;
   p.dtype = kernel_dtype(full_in);
   for (int i = 0; i < 2; ++i) {
     ProjectionGroup& g = p.group[i] = kept[i].group;
     g.out = out.mutable_data_ptr();
-    g.out_rows = rows;
-    g.out_row = cu_tokens.const_data_ptr<int64_t>();
-    g.out_tile = order.const_data_ptr<int64_t>() + (i == 0 ? 0 : full_in.size(0));
-    g.out_tiles = tiles;
+    g.out_rows = plan.rows();
+    g.out_row = plan.cu_tokens;
+    g.out_tile = plan.order + (i == 0 ? 0 : plan.full_tiles);
+    g.out_tiles = plan.full_tiles + plan.compressed_tiles;
     g.tile_rows = std::max<int64_t>(1, groups[i].x->size(1));
   }
   VICO_CUDA_CALL(projection, p, full_in);

@@ -4,8 +4,8 @@
 #include <string>
 #include <utility>
 
-#include "common/pack.cuh"
-#include "common/philox.h"
+#include "common/dropout.cuh"
+#include "common/normal.h"
 #include "projection/projection.h"
 
 namespace vico {
@@ -38,24 +38,19 @@ VICO_DEVICE ProjectionTile find_tile(const ProjectionParams& p, unsigned index) 
   return {group, static_cast<int>((top + in_band % band) * kM), static_cast<int>(in_band / band * kN)};
 }
 
-// Bit i: whether dropout keeps element first + i (common/philox.h has the numbering).
+// Bit i: whether dropout keeps element first + i.
 VICO_DEVICE uint32_t kept_elements(const DropoutMask& mask, uint64_t first) {
+  const uint64_t seed = mask.current_seed();
   uint32_t bits = 0;
 #pragma unroll 1
   for (unsigned lane = 0; lane < kPhiloxLanes; ++lane) {
     uint32_t words[4] = {};
     uint64_t drawn = ~uint64_t{0};
 #pragma unroll 1
-    for (unsigned i = lane; i < 32; i += kPhiloxLanes) {
-      const uint64_t e = first + i, block = e / kPhiloxBlock;
-      if (block != drawn) {
-        const uint64_t counter = block * kPhiloxLanes + e % kPhiloxLanes;
-        words[0] = static_cast<uint32_t>(counter);
-        words[1] = static_cast<uint32_t>(counter >> 32);
-        words[2] = words[3] = 0;
-        philox4x32_10(words, mask.seed);
-        drawn = block;
-      }
+    for (unsigned i = lane; i < 32; i += kPhiloxLanes) {  // they share one counter, or two
+      const uint64_t e = first + i, counter = e / kPhiloxBlock * kPhiloxLanes + e % kPhiloxLanes;
+      if (counter != drawn) draw_words(words, seed, counter);
+      drawn = counter;
       const unsigned part = e % kPhiloxBlock / kPhiloxLanes;
       const uint32_t low = part & 1 ? words[1] : words[0], high = part & 1 ? words[3] : words[2];
       bits |= uint32_t{(part < 2 ? low : high) < mask.keep_below} << i;
@@ -64,16 +59,10 @@ VICO_DEVICE uint32_t kept_elements(const DropoutMask& mask, uint64_t first) {
   return bits;
 }
 
-// z Phi(z), with Phi by the tail on z's side as in common/math.h: no cancellation for negative z.
+// z Phi(z), with Phi by the tail on z's side: no cancellation for negative z.
 VICO_DEVICE float exact_gelu(float z) {
-  constexpr float kQ[] = {0.14104413895f,  0.14112902295f, 0.1225613325f,   0.09295781885f,
-                          0.026865679705f, 0.01905527089f, -0.01311714197f, -0.14255629125f,
-                          0.1892161694f,   -0.0949429572f, 0.017786949285f};
   const float u = __fdividef(1.0f, 0.35355339059f * (z < 0 ? -z : z) + 1.0f);
-  float q = kQ[10];
-#pragma unroll
-  for (int i = 9; i >= 0; --i) q = q * u + kQ[i];
-  const float tail = __expf(-0.5f * z * z) * (u * q);
+  const float tail = __expf(-0.5f * z * z) * (u * normal_tail_quotient(u));
   return z * (z > 0 ? 1.0f - tail : tail);
 }
 
@@ -103,21 +92,6 @@ struct OutputRow {
     }
   }
 };
-
-// v[j] of lane t of four neighbours changes places with v[t] of lane j.
-VICO_DEVICE void transpose_quad(uint32_t (&v)[4]) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = threadIdx.x & static_cast<unsigned>(step);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & step) continue;
-      const uint32_t got = __shfl_xor_sync(~0u, upper ? v[j] : v[j + step], step);
-      v[j] = upper ? got : v[j];
-      v[j + step] = upper ? v[j + step] : got;
-    }
-  }
-}
 
 template <class T>
 VICO_DEVICE uint32_t pack_pair(float low, float high) {
@@ -160,7 +134,7 @@ VICO_DEVICE void write_fragments(const ProjectionGroup& g, int row, int column, 
       }
       pairs[j] = pack_pair<T>(y[0], y[1]);
     }
-    transpose_quad(pairs);
+    exchange_words(pairs);  // now this lane has the quad's columns of fragment number `quad`
     const int c = column + 8 * quad;
     T* out = static_cast<T*>(g.out) + m.offset + c;
     if (m.valid && c + 8 <= g.columns && has_wide_rows(g)) {

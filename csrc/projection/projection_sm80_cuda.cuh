@@ -73,7 +73,7 @@ VICO_DEVICE void copy_chunk(const ProjectionGroup& g, T* to, const T* from, bool
 }
 
 template <class T, bool kWide>
-__global__ void __launch_bounds__(Sm80Projection::kThreads, 2)
+__global__ void __launch_bounds__(Sm80Projection::kThreads, kWide ? 2 : 1)
     projection_sm80_kernel(const __grid_constant__ ProjectionParams p) {
   using S = Sm80Projection;
   VICO_DYNAMIC_SHARED(T, shared);

@@ -21,13 +21,14 @@ _FULL = ("mlp1.0", "mlp1.1", "mlp1.3")
 _COMPRESSED = ("mlp2.0", "mlp2.1", "mlp2.4", "mlp2.7")
 
 
-def _dropout_seed(dropout_p: float, training: bool) -> Tensor | None:
+def _dropout_seed(dropout_p: float, training: bool, device: torch.device) -> Tensor | None:
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     if not training or dropout_p == 0:
         return None
-    # From torch's default CPU generator: torch.manual_seed governs it, and activation checkpointing restores it.
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+    # From torch's default generator: torch.manual_seed governs it, and activation checkpointing restores it. On the
+    # device of the tensors, so that a CUDA graph draws anew in every replay.
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, dropout_p: float = 0.0, training: bool = False) -> Tensor:
@@ -48,7 +49,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, dropout_p: float = 0.0, 
     Raises:
         ValueError: ``dropout_p`` is no probability.
     """
-    seed = _dropout_seed(dropout_p, training)
+    seed = _dropout_seed(dropout_p, training, x.device)
     return torch.ops.vico.bias_gelu(x, bias, seed, 0.0 if seed is None else dropout_p)
 
 
@@ -56,7 +57,7 @@ def _bias_gelu_of_temporary(x: Tensor, bias: Tensor, dropout_p: float, training:
     """:func:`bias_gelu` of a tensor that nobody else holds: in place, unless a gradient needs its old values."""
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
         return bias_gelu(x, bias, dropout_p=dropout_p, training=training)
-    seed = _dropout_seed(dropout_p, training)
+    seed = _dropout_seed(dropout_p, training, x.device)
     torch.ops.vico.bias_gelu_(x, bias, seed, 0.0 if seed is None else dropout_p)
     return x
 
@@ -211,7 +212,7 @@ def connector(
 
     # The connector with one layer more begins alone; then both go together.
     def dropout() -> tuple[Tensor | None, float]:
-        seed = _dropout_seed(dropout_p, training)
+        seed = _dropout_seed(dropout_p, training, tokens.device)
         return seed, 0.0 if seed is None else dropout_p
 
     compressed = normalized(_COMPRESSED[0], 4, compressed_tiles)

@@ -1,0 +1,206 @@
+// The CUDA kernels of pack_tokens against its definition, bit for bit where nothing is added; and plans of other tiles,
+// which the kernels must not follow.
+#include "common/column_sum_cuda.cu"
+#include "cuda_on_host/tests/dtype_of.h"
+#include "cuda_on_host/tests/harness.h"
+#include "pack_tokens/pack_tokens_cuda.cu"
+
+namespace {
+
+using namespace coh_test;
+using coh::Buffer;
+using coh::expect;
+using vico::accumulate_t;
+
+struct Problem {
+  const char* tiles;  // in packed order: f full, c compressed
+  int64_t full_tokens, compressed_tokens, hidden;
+  bool biases = true;
+  size_t offset = 0;
+};
+
+const Problem kProblems[] = {
+    {"f", 1, 1, 1},      {"fcfc", 4, 1, 8},       {"ccf", 6, 5, 24, false},
+    {"cfffc", 9, 2, 40}, {"ffc", 4, 3, 7},        {"cf", 5, 2, 16, true, 1},
+    {"fc", 7, 3, 2056},  {"fff", 3, 1, 8, false}, {"cc", 3, 2, 16},
+    {"", 4, 1, 8},       {"fc", 4, 1, 0},
+};
+
+struct Plan {
+  vico::PackShape shape;
+  Buffer<int64_t> cu_tokens, order;
+
+  explicit Plan(const Problem& p) : cu_tokens(std::strlen(p.tiles) + 1), order(std::strlen(p.tiles)) {
+    const size_t tiles = std::strlen(p.tiles);
+    for (size_t t = 0; t < tiles; ++t) (p.tiles[t] == 'f' ? shape.full_tiles : shape.compressed_tiles) += 1;
+    shape.full_tokens = p.full_tokens;
+    shape.compressed_tokens = p.compressed_tokens;
+    shape.hidden = p.hidden;
+    cu_tokens[0] = 0;
+    size_t full = 0, compressed = static_cast<size_t>(shape.full_tiles);
+    for (size_t t = 0; t < tiles; ++t) {
+      const bool is_full = p.tiles[t] == 'f';
+      order[is_full ? full++ : compressed++] = static_cast<int64_t>(t);
+      cu_tokens[t + 1] = cu_tokens[t] + (is_full ? p.full_tokens : p.compressed_tokens);
+    }
+    shape.cu_tokens = cu_tokens.data();
+    shape.order = order.data();
+  }
+  size_t full_size() const { return static_cast<size_t>(shape.full_rows() * shape.hidden); }
+  size_t compressed_size() const { return static_cast<size_t>(shape.compressed_rows() * shape.hidden); }
+
+  // Calls fn(is_full, source row, packed row) for every row, from the definition alone.
+  template <class Fn>
+  void for_every_row(const Problem& p, const Fn& fn) const {
+    int64_t full = 0, compressed = 0, packed = 0;
+    for (const char* t = p.tiles; *t; ++t) {
+      const int64_t tokens = *t == 'f' ? p.full_tokens : p.compressed_tokens;
+      for (int64_t j = 0; j < tokens; ++j) fn(*t == 'f', *t == 'f' ? full++ : compressed++, packed++);
+    }
+  }
+};
+
+template <class Fn>
+void for_every_problem(const Fn& fn) {
+  coh::Random random(7);
+  int number = 0;
+  for (const Problem& p : kProblems) {
+    try {
+      fn(p, random);
+    } catch (const std::exception& e) {
+      throw std::runtime_error("problem " + std::to_string(number) + ": " + e.what());
+    }
+    ++number;
+  }
+}
+
+template <class T>
+void forward() {
+  for_every_problem([](const Problem& problem, coh::Random& random) {
+    using A = accumulate_t<T>;
+    const Plan plan(problem);
+    const size_t hidden = static_cast<size_t>(problem.hidden), all = plan.full_size() + plan.compressed_size();
+    Buffer<T> full(plan.full_size(), problem.offset), compressed(plan.compressed_size(), problem.offset);
+    Buffer<T> out(all, problem.offset);
+    Buffer<A> full_bias(hidden, problem.offset), compressed_bias(hidden, problem.offset);
+    coh::fill_normal(full, random);
+    coh::fill_normal(compressed, random);
+    coh::fill_normal(full_bias, random);
+    coh::fill_normal(compressed_bias, random);
+    vico::PackTokensParams p;
+    p.shape = plan.shape;
+    p.dtype = kDtype<T>;
+    p.full = full.data();
+    p.compressed = compressed.data();
+    p.full_bias = problem.biases ? full_bias.data() : nullptr;
+    p.compressed_bias = problem.biases ? compressed_bias.data() : nullptr;
+    p.out = out.data();
+    vico::pack_tokens_cuda(p, nullptr);
+    plan.for_every_row(problem, [&](bool is_full, int64_t row, int64_t packed) {
+      for (size_t c = 0; c < hidden; ++c) {
+        const T x = (is_full ? full : compressed)[static_cast<size_t>(row) * hidden + c];
+        const T got = out[static_cast<size_t>(packed) * hidden + c];
+        // One addition in the sum type and one rounding: exact arithmetic gives the same bits.
+        const A sum = static_cast<A>(coh::element_value(x)) + (is_full ? full_bias : compressed_bias)[c];
+        const T wanted = problem.biases ? coh::element_from<T>(static_cast<double>(sum)) : x;
+        expect(!std::memcmp(&wanted, &got, sizeof(T)), "packed row %lld, column %zu", static_cast<long long>(packed),
+               c);
+      }
+    });
+  });
+}
+
+template <class T>
+void backward() {
+  for_every_problem([](const Problem& problem, coh::Random& random) {
+    using A = accumulate_t<T>;
+    const Plan plan(problem);
+    const vico::PackShape& s = plan.shape;
+    const size_t hidden = static_cast<size_t>(problem.hidden), all = plan.full_size() + plan.compressed_size();
+    Buffer<T> grad_out(all, problem.offset), full(plan.full_size(), problem.offset);
+    Buffer<T> compressed(plan.compressed_size(), problem.offset);
+    coh::fill_normal(grad_out, random);
+    vico::PackTokensBackwardParams p;
+    p.shape = s;
+    p.dtype = kDtype<T>;
+    p.chunk_rows = 4;  // several chunks of each
+    const int64_t chunks[2] = {vico::chunk_count(s.full_rows(), 4), vico::chunk_count(s.compressed_rows(), 4)};
+    Buffer<A> partials(static_cast<size_t>(chunks[0] + chunks[1]) * hidden);
+    p.grad_out = grad_out.data();
+    p.grad_full = full.data();
+    p.grad_compressed = compressed.data();
+    p.partials = partials.data();
+    vico::pack_tokens_backward_cuda(p, nullptr);
+    std::vector<double> sum[2] = {std::vector<double>(hidden), std::vector<double>(hidden)}, magnitude = sum[0];
+    plan.for_every_row(problem, [&](bool is_full, int64_t row, int64_t packed) {
+      for (size_t c = 0; c < hidden; ++c) {
+        const T wanted = grad_out[static_cast<size_t>(packed) * hidden + c];
+        const T got = (is_full ? full : compressed)[static_cast<size_t>(row) * hidden + c];
+        expect(!std::memcmp(&wanted, &got, sizeof(T)), "row %lld, column %zu", static_cast<long long>(row), c);
+        sum[is_full ? 0 : 1][c] += coh::element_value(wanted);
+        magnitude[c] += std::fabs(coh::element_value(wanted));
+      }
+    });
+    for (int kind = 0; kind < 2; ++kind) {
+      Buffer<A> bias(hidden);
+      vico::ColumnSumParams column_sum;
+      column_sum.dtype = kDtype<A>;
+      column_sum.columns = problem.hidden;
+      column_sum.chunks = chunks[kind];
+      column_sum.chunk_stride = problem.hidden;
+      column_sum.partials = partials.data() + (kind ? static_cast<size_t>(chunks[0]) * hidden : 0);
+      column_sum.out = bias.data();
+      vico::combine_chunks_cuda(column_sum, nullptr);
+      for (size_t c = 0; c < hidden; ++c) {
+        const double error = std::fabs(coh::element_value(bias[c]) - sum[kind][c]);
+        expect(error <= 8 * coh::kEpsilon<A> * magnitude[c], "bias gradient %zu is off by %g", c, error);
+      }
+    }
+  });
+}
+
+// Runs a plan that `spoil` has changed; it must be refused with `message`.
+template <class Spoil>
+void refused(const char* message, const Spoil& spoil) {
+  const Problem problem{"fcf", 4, 1, 24};
+  Plan plan(problem);
+  Buffer<float> full(plan.full_size()), compressed(plan.compressed_size());
+  Buffer<float> out(plan.full_size() + plan.compressed_size());
+  spoil(plan);
+  vico::PackTokensParams p;
+  p.shape = plan.shape;
+  p.full = full.data();
+  p.compressed = compressed.data();
+  p.out = out.data();
+  std::string error = "nothing was refused";
+  try {
+    vico::pack_tokens_cuda(p, nullptr);
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  expect(error.find(message) != std::string::npos, "%s", error.c_str());
+}
+
+}  // namespace
+
+COH_CASE(forward_bfloat16) { forward<vico::BFloat16>(); }
+COH_CASE(forward_half) { forward<vico::Half>(); }
+COH_CASE(forward_float) { forward<float>(); }
+COH_CASE(forward_double) { forward<double>(); }
+COH_CASE(backward_bfloat16) { backward<vico::BFloat16>(); }
+COH_CASE(backward_half) { backward<vico::Half>(); }
+COH_CASE(backward_float) { backward<float>(); }
+COH_CASE(backward_double) { backward<double>(); }
+COH_CASE(bad_plans) {
+  refused("order must hold each tile of [0, 3) once, got 3", [](Plan& plan) { plan.order[1] = 3; });
+  refused("order must hold each tile of [0, 3) once, got -1", [](Plan& plan) { plan.order[2] = -1; });
+  refused("order must hold each tile of [0, 3) once, got 0", [](Plan& plan) { plan.order[1] = 0; });
+  refused("cu_tokens gives tile 2 rows 5 to 1073741824, but it is a full tile of 4 tokens",
+          [](Plan& plan) { plan.cu_tokens[3] = 1 << 30; });
+  refused("is the plan of another batch?", [](Plan& plan) { std::swap(plan.order[0], plan.order[2]); });
+  refused("cu_tokens", [](Plan& plan) {  // all rows elsewhere
+    for (size_t i = 0; i < plan.cu_tokens.size(); ++i) plan.cu_tokens[i] -= 9;
+  });
+}
+
+COH_MAIN
