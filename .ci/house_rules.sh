@@ -11,8 +11,10 @@ torchy=$(grep -rlE '#include *<(torch|ATen|c10)/' csrc |
 unstable=$(grep -rnE '#include *<(ATen|c10)/|#include *<torch/(extension|torch|library)\.h>' csrc)
 [ -n "$unstable" ] && say 'headers outside the stable ABI:' "$unstable"
 
-bare=$(grep -rnE '(^|[^A-Za-z_])asm( volatile)?\(|__shared__' csrc --include='*.cu' --include='*.cuh' |
-  grep -vE 'common/|cuda_on_host/')
+# Every source but the wrappers' own: macros, inline assembly in any spelling, shared memory that is not VICO_SHARED.
+bare=$(grep -rnE '(^|[^A-Za-z0-9_])(asm|__asm|__asm__)([^A-Za-z0-9_]|$)|__shared__' csrc \
+    --include='*.cu' --include='*.cuh' --include='*.cpp' --include='*.h' |
+  grep -vE '^csrc/(common|cuda_on_host)/' | grep -vE '^[^:]*:[0-9]*: *//')
 [ -n "$bare" ] && say 'bare asm or __shared__ outside the wrappers:' "$bare"
 
 pickled=$(grep -rnE 'torch\.load\(|import pickle|pickle\.loads?\(' vico_ext)

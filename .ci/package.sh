@@ -33,6 +33,9 @@ fresh wheel
 timed "$work/wheel/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work/dist" "$work"/dist/*.tar.gz
 timed "$work/wheel/bin/python" -m pip install --quiet --no-deps "$work"/dist/*.whl
 works wheel
+if "$work/wheel/bin/python" -m zipfile -l "$work"/dist/*.whl | grep -E 'csrc|cuda_on_host'; then
+  echo "the wheel holds sources or test programs"; exit 1
+fi
 echo "pip install . (isolated build; about a minute on two cores, without downloading torch):"
 fresh plain
 start=$(date +%s)

@@ -1,6 +1,6 @@
 // The CUDA language as kernels see it: nvcc's, or that of csrc/cuda_on_host when they are built to run on the CPU.
 //
-//   VICO_SHARED(type, name, [dims]...)   a static variable in shared memory
+//   VICO_SHARED(type, name, [dims]...)   a static variable in shared memory, aligned as its type is and no better
 //   VICO_DYNAMIC_SHARED(type, name)      a pointer to the launch's dynamic shared memory, 1024-byte aligned
 //   VICO_DEVICE_CHECK(condition, format, ...)  what the host cannot check without waiting: ends the kernel with a
 //   message vico::launch(kernel, grid, block, shared_bytes, stream, args...)

@@ -152,8 +152,8 @@ void copy_box_row(const TensorMap& t, const BulkCopy& c, bool inside, int64_t of
   for (size_t at = 0; at < row_bytes; at += 16) {
     uint32_t address = shared + static_cast<uint32_t>(at);
     address ^= (address >> 7 & ((1u << t.swizzle) - 1)) << 4;
-    char* s = static_cast<char*>(shared_pointer(address));
     const size_t bytes = std::min<size_t>(16, row_bytes - at);
+    char* s = static_cast<char*>(shared_range(address, bytes, "TMA"));
     if (race) race->access(s, bytes, !c.store, true, nullptr, thread);
     for (size_t e = 0; e < bytes; e += static_cast<size_t>(t.element_bytes)) {
       const int64_t x = c.copy.at[0] + static_cast<int64_t>(at + e) / t.element_bytes;

@@ -83,13 +83,21 @@ void prepare_fiber(Fiber& f, void (*entry)()) {
   }
   f.stack = machine.stacks[f.id];
 #ifdef COH_ASAN
-  __asan_unpoison_memory_region(f.stack, kStackBytes);  // frames of an earlier block that never returned
+  // The frames at the bottom never return, those above did if the last block ended well.
+  constexpr size_t kEntryBytes = 16 << 10;
+  __asan_unpoison_memory_region(f.stack + kStackBytes - kEntryBytes, kEntryBytes);
 #endif
   void** sp = reinterpret_cast<void**>(f.stack + kStackBytes);
   *--sp = nullptr;  // keeps the entry's stack aligned
   *--sp = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSavedWords; ++i) *--sp = nullptr;
   f.stack_pointer = sp;
+}
+
+void clean_stacks() {
+#ifdef COH_ASAN
+  for (char* stack : machine.stacks) __asan_unpoison_memory_region(stack, kStackBytes);
+#endif
 }
 
 void enter_first(Fiber* f) {

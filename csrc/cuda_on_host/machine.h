@@ -61,6 +61,7 @@ struct Warp {
   Rendezvous rendezvous[8];
   std::deque<WarpMma> mma_queue;
   bool mma_fenced = false;
+  std::vector<Fiber*> ready;
 };
 
 struct Barrier {
@@ -105,8 +106,8 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<uint32_t> priority;  // of each warp
-  std::vector<Fiber*> ready;
-  size_t ready_head;
+  std::deque<Fiber*> ready;        // in order of arrival; kPct uses the warps' own lists instead
+  uint32_t ready_warps;
   int live;
   bool failing;
   std::string error;
@@ -132,6 +133,7 @@ constexpr size_t kStackBytes =
     128 << 10;
 #endif
 void prepare_fiber(Fiber& f, void (*entry)());
+void clean_stacks();         // after a block whose fibers were abandoned
 void enter_first(Fiber* f);  // from the host; comes back when leave_last is called
 void switch_fiber(Fiber* from, Fiber* to);
 [[noreturn]] void leave_last(Fiber* from);  // to the host
@@ -149,8 +151,9 @@ void finish_thread(Fiber* f);
 void reset_barriers();
 
 // shared_memory.cpp
+constexpr size_t kMaxShared = 227 * 1024;
 void reset_static_shared();
-void* shared_range(uint32_t address, size_t bytes, const char* what);  // fails outside dynamic shared memory
+void* shared_range(uint32_t address, size_t bytes, const char* what);  // fails outside
 
 // bulk_copy.cpp
 bool step_bulk_copy();  // one random copy under way takes effect; false: there is none

@@ -6,7 +6,6 @@
 namespace coh {
 
 uint32_t shared_address(const void* p);
-void* shared_pointer(uint32_t address);
 
 // ---- vector accesses
 void check_vector(const void* p, int bytes, const char* what);

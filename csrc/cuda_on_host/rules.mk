@@ -12,6 +12,7 @@ race_flags := -O1
 # Kernels only: the runtime itself is not watched.
 race_kernel := -fno-threadsafe-statics -fsanitize=thread --param tsan-instrument-func-entry-exit=0 -Wno-tsan
 race_runtime := clocks race
+race_runtime_flags := -O3
 
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -23,8 +24,10 @@ $(out)/$(1)/%: $(out)/$(1)/%.o $(patsubst %,$(out)/$(1)/runtime/%.o,$(runtime) $
 	g++ -no-pie $($(1)_link) $$^ -o $$@
 $(out)/$(1)/%.o: tests/%.cpp rules.mk | $(out)/$(1)/runtime
 	$(compiler) $(common) $($(1)_flags) $($(1)_kernel) -MMD -MP -c $$< -o $$@
+$(out)/$(1)/%.o: conformance/%.cu rules.mk | $(out)/$(1)/runtime
+	$(compiler) $(common) $($(1)_flags) $($(1)_kernel) -MMD -MP -x c++ -c $$< -o $$@
 $(out)/$(1)/runtime/%.o: %.cpp rules.mk | $(out)/$(1)/runtime
-	$(compiler) $(common) $($(1)_flags) -MMD -MP -c $$< -o $$@
+	$(compiler) $(common) $($(1)_flags) $($(1)_runtime_flags) -MMD -MP -c $$< -o $$@
 $(out)/$(1)/runtime:
 	mkdir -p $$@
 endef

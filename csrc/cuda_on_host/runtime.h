@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -30,6 +31,7 @@ void configure_from_environment();
 struct Stats {
   uint64_t switches = 0;
   uint64_t races = 0;
+  std::set<const void*> kernels;                   // that were launched
   uint64_t matrix_phases = 0, bank_conflicts = 0;  // of ldmatrix and stmatrix, 8 rows of 16 bytes each
 };
 extern Stats stats;

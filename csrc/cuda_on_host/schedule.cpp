@@ -20,46 +20,39 @@ uint64_t random_bits() {
   return r * 0x2545f4914f6cdd1dull >> 16;
 }
 
-void make_ready(Fiber* f) { machine.ready.push_back(f); }
+void make_ready(Fiber* f) {
+  if (config.schedule != Schedule::kPct) return machine.ready.push_back(f);
+  machine.warps[f->warp].ready.push_back(f);
+  machine.ready_warps |= 1u << f->warp;
+}
 
 namespace {
 
+// Any lane of the ready warp with the highest priority.
+Fiber* next_by_priority() {
+  Machine& m = machine;
+  if (!m.ready_warps) return nullptr;
+  if (one_in(256)) m.priority[random_bits() % m.priority.size()] = static_cast<uint32_t>(random_bits());
+  int best = -1;
+  for (uint32_t rest = m.ready_warps; rest; rest &= rest - 1) {
+    const int warp = __builtin_ctz(rest);
+    if (best < 0 || m.priority[warp] > m.priority[best]) best = warp;
+  }
+  std::vector<Fiber*>& ready = m.warps[best].ready;
+  std::swap(ready[random_bits() % ready.size()], ready.back());
+  Fiber* f = ready.back();
+  ready.pop_back();
+  if (ready.empty()) m.ready_warps &= ~(1u << best);
+  return f;
+}
+
 Fiber* next_ready() {
-  std::vector<Fiber*>& ready = machine.ready;
-  size_t& head = machine.ready_head;
-  if (head == ready.size()) {
-    ready.clear();
-    head = 0;
-    return nullptr;
-  }
-  size_t pick = head;
-  switch (config.schedule) {
-    case Schedule::kFifo:
-      break;
-    case Schedule::kReverse:
-      pick = ready.size() - 1;
-      break;
-    case Schedule::kRandom:
-      pick = head + random_bits() % (ready.size() - head);
-      break;
-    case Schedule::kPct:
-      if (one_in(256)) machine.priority[random_bits() % machine.priority.size()] = static_cast<uint32_t>(random_bits());
-      for (size_t i = head + 1; i < ready.size(); ++i) {
-        if (machine.priority[ready[i]->warp] > machine.priority[ready[pick]->warp]) pick = i;
-      }
-      break;
-  }
-  if (config.schedule == Schedule::kReverse) {
-    Fiber* last = ready.back();
-    ready.pop_back();
-    return last;
-  }
-  std::swap(ready[head], ready[pick]);
-  Fiber* f = ready[head++];
-  if (head > 4096) {
-    ready.erase(ready.begin(), ready.begin() + static_cast<long>(head));
-    head = 0;
-  }
+  if (config.schedule == Schedule::kPct) return next_by_priority();
+  std::deque<Fiber*>& ready = machine.ready;
+  if (ready.empty()) return nullptr;
+  if (config.schedule == Schedule::kRandom) std::swap(ready[random_bits() % ready.size()], ready.front());
+  Fiber* f = config.schedule == Schedule::kReverse ? ready.back() : ready.front();
+  config.schedule == Schedule::kReverse ? ready.pop_back() : ready.pop_front();
   return f;
 }
 
@@ -120,7 +113,7 @@ void run_block(uint3 block, dim3 size) {
   const int threads = static_cast<int>(size.x * size.y * size.z);
   m.live = threads;
   m.ready.clear();
-  m.ready_head = 0;
+  m.ready_warps = 0;
   m.mbarriers.clear();
   m.mbarrier_waiters.clear();
   m.bulk_copies.clear();
@@ -152,7 +145,9 @@ void run_block(uint3 block, dim3 size) {
   }
   enter_first(next_ready());
   if (!m.failing) finish_block_copies();
-  if (m.failing) throw std::runtime_error(m.error);
+  if (!m.failing) return;
+  clean_stacks();
+  throw std::runtime_error(m.error);
 }
 
 }  // namespace
@@ -188,12 +183,13 @@ void fail(const char* format, ...) {
   leave_last(running());
 }
 
-void launch(void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes) {
+void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes) {
   if (block.x * block.y * block.z > 1024) fail("a block of %u threads", block.x * block.y * block.z);
   if (block.x * block.y * block.z == 0 || grid.x * grid.y * grid.z == 0) fail("an empty launch");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
-  if (shared_bytes > 227 * 1024) fail("%zu bytes of dynamic shared memory, more than 227 KiB", shared_bytes);
+  if (shared_bytes > kMaxShared) fail("%zu bytes of dynamic shared memory, more than 227 KiB", shared_bytes);
   Machine& m = machine;
+  stats.kernels.insert(kernel);
   m.body = body;
   m.arguments = arguments;
   m.steps = 0;

@@ -36,7 +36,8 @@ extern dim3 grid_dim, block_dim;
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-void launch(void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
+// `kernel` is only noted: a test program tells which ones it has run.
+void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
 void* dynamic_shared();
 // The block's variable of this key: each has an allocation of its own, so that ASan sees its ends.
 void* static_shared(const void* key, size_t bytes, size_t alignment);
@@ -82,6 +83,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
     std::tuple<Params...> params;
   } call{kernel, {static_cast<Params>(args)...}};
   coh::launch(
+      reinterpret_cast<const void*>(kernel),
       [](void* p) {
         const Call& c = *static_cast<Call*>(p);
         std::apply([&](const auto&... x) { c.kernel(x...); }, c.params);
@@ -147,6 +149,21 @@ inline unsigned __ballot_sync(unsigned mask, int p) { return coh::ballot(mask, p
 inline int __any_sync(unsigned mask, int p) { return coh::ballot(mask, p) != 0; }
 inline int __all_sync(unsigned mask, int p) { return coh::ballot(mask, p) == mask; }
 
+namespace coh {
+
+// The device's integers wrap around.
+template <class T>
+T wrapping_sum(T a, T b) {
+  if constexpr (std::is_integral_v<T>) {
+    using Unsigned = std::make_unsigned_t<T>;
+    return static_cast<T>(static_cast<Unsigned>(a) + static_cast<Unsigned>(b));
+  } else {
+    return a + b;
+  }
+}
+
+}  // namespace coh
+
 // ---- atomics: threads only switch inside note_atomic and at other calls of the runtime, so what follows it is atomic.
 // Not instrumented: the race checker has been told.
 #define COH_ATOMIC(name, result)                                   \
@@ -157,7 +174,7 @@ inline int __all_sync(unsigned mask, int p) { return coh::ballot(mask, p) == mas
     *p = static_cast<T>(result);                                   \
     return old;                                                    \
   }
-COH_ATOMIC(atomicAdd, old + value)
+COH_ATOMIC(atomicAdd, coh::wrapping_sum(old, value))
 COH_ATOMIC(atomicMax, value > old ? value : old)
 COH_ATOMIC(atomicMin, value < old ? value : old)
 COH_ATOMIC(atomicExch, value)

@@ -144,6 +144,7 @@ inline int run_cases(int argc, char** argv) {
     std::fprintf(stderr, "no such case\n");
     return 2;
   }
+  for (const void* kernel : stats.kernels) std::printf("kernel %p\n", kernel);
   return ok ? 0 : 1;
 }
 

@@ -66,6 +66,16 @@ __global__ void wrapped_vector_kernel(const float* in, float* out) {
   vico::ptx::store16(out + 4 * threadIdx.x, vico::ptx::load16(in + 4 * threadIdx.x));
 }
 
+// An array of floats may begin at any multiple of 4 bytes.
+__global__ void static_alignment_kernel(float* out, bool bug) {
+  VICO_SHARED(float, floats, [4 * 32]);
+  VICO_SHARED(uint4, aligned, [32]);
+  void* row = bug ? static_cast<void*>(floats) : aligned;
+  vico::ptx::store16(static_cast<float*>(row) + 4 * threadIdx.x, make_uint4(1, 2, 3, 4));
+  __syncwarp();
+  out[threadIdx.x] = static_cast<float>(threadIdx.x);
+}
+
 __global__ void shuffle_kernel(int* out, int lanes) {
   int v = static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < lanes) {
@@ -77,12 +87,13 @@ __global__ void shuffle_kernel(int* out, int lanes) {
 }
 
 __global__ void ldmatrix_kernel(uint32_t* out, int lanes) {
-  VICO_SHARED(uint16_t, m, [32][8]);
-  for (int i = 0; i < 8; ++i) m[threadIdx.x][i] = static_cast<uint16_t>(threadIdx.x);
+  VICO_SHARED(uint4, m, [32]);
+  const unsigned pair = threadIdx.x | threadIdx.x << 16;
+  m[threadIdx.x] = make_uint4(pair, pair, pair, pair);
   __syncwarp();
   uint32_t r[4] = {};
   if (static_cast<int>(threadIdx.x) < lanes) {
-    vico::ptx::ldmatrix(r, m[threadIdx.x]);
+    vico::ptx::ldmatrix(r, &m[threadIdx.x]);
   } else {
     __syncwarp();
   }
@@ -191,6 +202,12 @@ COH_CASE(misaligned_vector) {
   Buffer<float> in(128 + 4), out(128);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i);
   vico::launch(wrapped_vector_kernel, 1, 32, 0, nullptr, in.data() + (planted ? 1 : 0), out.data());
+  expect_iota(out, 1.0f);
+}
+
+COH_CASE(misaligned_static_shared) {
+  Buffer<float> out(32);
+  vico::launch(static_alignment_kernel, 1, 32, 0, nullptr, out.data(), planted);
   expect_iota(out, 1.0f);
 }
 
