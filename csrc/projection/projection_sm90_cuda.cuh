@@ -157,6 +157,8 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
       }
     }
   }
+#else
+  VICO_DEVICE_CHECK(false, "the projection needs machine code for sm_90a on this GPU, build with 90a-real");
 #endif
 }
 
