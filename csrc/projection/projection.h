@@ -4,7 +4,7 @@
 //   z = A W^T + bias,  out = z, or gelu(z) * keep  with exact GELU and keep 0 or 1 / (1 - p)
 //
 // A is rows of memory, or the ViT's tokens read through their pixel-shuffled view. With LayerNorm folded in, W is the
-// layer's weight times the norm's gain, and z = rstd (A W^T - mean gain_sum) + bias (DESIGN: LN(x) W1^T + b1).
+// layer's weight times the norm's gain, and z = rstd (A W^T - mean gain_sum) + bias.
 #pragma once
 
 #include "bias_gelu/bias_gelu.h"
