@@ -37,6 +37,16 @@ STABLE_TORCH_LIBRARY(vico, m) {
       "int compressed_tokens) -> (Tensor grad_full, Tensor grad_compressed, Tensor grad_full_bias, "
       "Tensor grad_compressed_bias)");
 
+  // one layer of both connectors: x weight^T + bias, or dropout(gelu of it), dropout for `compressed` alone. A
+  // connector that takes no part is left out, and its output is empty. The second op is the last layer, written in
+  // packed order.
+  m.def(
+      "projection(Tensor? full, Tensor? full_weight, Tensor? full_bias, Tensor? compressed, Tensor? compressed_weight, "
+      "Tensor? compressed_bias, bool gelu, Tensor? seed=None, float dropout=0.0) -> (Tensor, Tensor)");
+  m.def(
+      "packed_projection(Tensor full, Tensor full_weight, Tensor? full_bias, Tensor compressed, "
+      "Tensor compressed_weight, Tensor? compressed_bias, Tensor cu_tokens, Tensor order) -> Tensor");
+
   // absorbed attention pooling: softmax over a tile's tokens of query . token, and the tokens' mean under it
   m.def("attention_pool(Tensor tokens, Tensor query, int skip=0) -> (Tensor context, Tensor lse)");
   m.def(

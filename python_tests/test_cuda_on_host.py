@@ -171,14 +171,14 @@ def test_every_kernel_is_run(outcomes: Outcomes, runs: list[Run]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["tests/compile_kernels.cu", "conformance/conformance.cu"])
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_nvcc_compiles_every_kernel(source: str, arch: str, tmp_path: Path) -> None:
+def test_nvcc_compiles_the_conformance_program(arch: str, tmp_path: Path) -> None:
+    """The kernels themselves are compiled by .ci/nvcc.sh, as CMake builds them."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on the PATH")
     command = [nvcc, "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{ROOT / 'csrc'}"]
     command += ["-DVICO_CONFORMANCE_SM80"] if arch == "80" else []
-    command += ["-c", str(HARNESS / source), "-o", str(tmp_path / "kernels.o")]
+    command += ["-c", str(HARNESS / "conformance" / "conformance.cu"), "-o", str(tmp_path / "kernels.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

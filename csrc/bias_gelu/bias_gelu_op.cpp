@@ -1,7 +1,6 @@
 // The door of bias_gelu: checks, allocation, threads or launch.
-#include <cmath>
-
 #include "bias_gelu/bias_gelu.h"
+#include "bias_gelu/dropout_args.h"
 #include "common/parameter.h"
 
 namespace vico {
@@ -18,32 +17,11 @@ Dtype checked_dtype(const Tensor& x, const std::optional<Tensor>& bias, const ch
   return dtype;
 }
 
-// A seed on the CPU is read here and now; one beside x on the GPU is left for the kernel to read.
-DropoutMask dropout_mask(const Tensor& x, const std::optional<Tensor>& seed, double dropout, const char* op) {
-  VICO_CHECK(dropout >= 0 && dropout <= 1, op, "dropout must lie in [0, 1], got ", dropout);
-  DropoutMask mask;
-  if (dropout == 0) return mask;
-  VICO_CHECK(seed.has_value(), op, "dropout ", dropout, " needs a seed: a tensor [1] of int64");
-  if (!seed->is_cpu()) check_device(*seed, x, "seed", "x", op);
-  check_dtype(*seed, ScalarType::Long, "seed", "int64", op);
-  check_shape(*seed, {1}, "seed", "[1]", op);
-  mask.active = true;
-  const int64_t* value = seed->const_data_ptr<int64_t>();
-  if (on_cuda(*seed)) {
-    mask.seed_on_device = value;
-  } else {
-    mask.seed = static_cast<uint64_t>(*value);
-  }
-  mask.keep_below = static_cast<uint32_t>(std::min(std::round((1 - dropout) * 4294967296.0), 4294967295.0));
-  mask.scale = dropout < 1 ? 1 / (1 - dropout) : 0;
-  return mask;
-}
-
 void run_forward(const Tensor& x, const std::optional<Tensor>& bias_in, const std::optional<Tensor>& seed,
                  double dropout, Tensor& out, const char* op) {
   BiasGeluParams p;
   p.dtype = checked_dtype(x, bias_in, op);
-  p.mask = dropout_mask(x, seed, dropout, op);
+  p.mask = dropout_mask(x, "x", seed, dropout, op);
   if (x.numel() == 0) return;
   const std::optional<Tensor> bias = as_accumulate(bias_in, p.dtype);
   p.columns = x.size(x.dim() - 1);
@@ -85,7 +63,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_op(const Tensor& grad_out_in, cons
   check_same_dtype(grad_out_in, x_in, "grad_out", "x", kOp);
   VICO_CHECK(shape_string(grad_out_in) == shape_string(x_in), kOp, "grad_out must have the shape of x, ",
              shape_string(x_in), ", got ", shape_string(grad_out_in));
-  p.mask = dropout_mask(x_in, seed, dropout, kOp);
+  p.mask = dropout_mask(x_in, "x", seed, dropout, kOp);
   const Tensor grad_out = to_contiguous(grad_out_in), x = to_contiguous(x_in);
   const std::optional<Tensor> bias = as_accumulate(bias_in, p.dtype);
   Tensor grad_x = torch::stable::empty_like(x);

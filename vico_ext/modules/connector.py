@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vico_ext import functional as VF
-from vico_ext.functional.connector import check_plan
+from vico_ext.functional.connector import PROJECTIONS, check_plan
 from vico_ext.routing import RoutingPlan
 
 __all__ = ["FusedConnector"]
@@ -42,8 +42,13 @@ class FusedConnector(nn.Module):
         ps_version: "v2", or "v1" of older models, which leaves the output grid transposed.
         grid: rows and columns of the ViT's token grid; by default the square of its tokens.
         has_cls: whether a CLS token leads each tile; it is skipped.
+        projection: "torch", or "fused" for our own GEMMs on CUDA in 16 bits, **not measured on a GPU yet**; see
+            :func:`vico_ext.functional.connector`. The same results but for rounding. An attribute, free to be changed.
         device: of the parameters.
         dtype: of the parameters.
+
+    Raises:
+        ValueError: sizes that are not positive, or no such ps_version or projection.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class FusedConnector(nn.Module):
         ps_version: str = "v2",
         grid: tuple[int, int] | None = None,
         has_cls: bool = True,
+        projection: str = "torch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,8 +69,11 @@ class FusedConnector(nn.Module):
             raise ValueError(f"vit_hidden and llm_hidden must be positive, got {vit_hidden} and {llm_hidden}")
         if ps_version not in ("v1", "v2"):
             raise ValueError(f"ps_version must be 'v1' or 'v2', got {ps_version!r}")
+        if projection not in PROJECTIONS:
+            raise ValueError(f"projection must be 'torch' or 'fused', got {projection!r}")
         super().__init__()
         self.vit_hidden, self.llm_hidden = vit_hidden, llm_hidden
+        self.projection = projection
         self.ps_version, self.grid, self.has_cls = ps_version, grid, has_cls
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         v, h = vit_hidden, llm_hidden
@@ -109,6 +118,7 @@ class FusedConnector(nn.Module):
                 grid=self.grid,
                 has_cls=self.has_cls,
                 ps_version=self.ps_version,
+                projection=self.projection,
             )
         if plan is None:
             return self._run_layers(self.mlp1, vit_tokens, 2, None)
@@ -171,7 +181,8 @@ class FusedConnector(nn.Module):
 
     def extra_repr(self) -> str:
         grid = f", grid={self.grid}" if self.grid is not None else ""
+        projection = f", projection={self.projection!r}" if self.projection != "torch" else ""
         return (
             f"vit_hidden={self.vit_hidden}, llm_hidden={self.llm_hidden}, ps_version={self.ps_version!r}{grid}, "
-            f"has_cls={self.has_cls}"
+            f"has_cls={self.has_cls}{projection}"
         )

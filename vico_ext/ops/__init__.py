@@ -12,6 +12,7 @@ from vico_ext.ops import (
     normalized_shuffle,
     pack_tokens,
     pixel_shuffle,
+    projection,
     routing_plan,
     skinny_linear,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "normalized_shuffle",
     "pack_tokens",
     "pixel_shuffle",
+    "projection",
     "routing_plan",
     "skinny_linear",
 ]

@@ -1,0 +1,27 @@
+// What launchers ask about the current device.
+#pragma once
+
+#include "common/device.cuh"
+
+namespace vico {
+
+inline int current_device() {
+  int device = 0;
+#ifdef __CUDACC__
+  check_cuda(cudaGetDevice(&device), "current device");
+#endif
+  return device;
+}
+
+inline int multiprocessor_count(int device) {
+#ifdef __CUDACC__
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  return count;
+#else
+  static_cast<void>(device);
+  return 3;  // so few that persistent blocks have work for several rounds
+#endif
+}
+
+}  // namespace vico

@@ -1,8 +1,0 @@
-// Every CUDA kernel in every type: what nvcc must be able to compile (sm_80 and sm_90a), without a GPU.
-#include "common/column_sum_cuda.cu"
-#include "common/tile_map_cuda.cu"
-#include "compress_sequence/compress_sequence_cuda.cu"
-#include "merge_tokens/merge_tokens_cuda.cu"
-#include "normalized_shuffle/normalized_shuffle_cuda.cu"
-#include "pixel_shuffle/pixel_shuffle_cuda.cu"
-#include "routing_plan/routing_plan_cuda.cu"
