@@ -4,3 +4,4 @@
 #include "common/tile_map_cuda.cu"
 #include "normalized_shuffle/normalized_shuffle_cuda.cu"
 #include "pixel_shuffle/pixel_shuffle_cuda.cu"
+#include "skinny_linear/skinny_linear_cuda.cu"
