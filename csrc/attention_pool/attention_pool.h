@@ -14,6 +14,7 @@
 #pragma once
 
 #include "common/cpu_arch.h"
+#include "common/cuda_stream.h"
 #include "common/dtype.h"
 
 namespace vico {
@@ -35,6 +36,25 @@ struct AttentionPoolShape {
   VICO_INLINE int64_t padded_heads() const { return (heads + kHeadMultiple - 1) / kHeadMultiple * kHeadMultiple; }
   VICO_INLINE int64_t combine_items() const { return (channels + kCombineRows - 1) / kCombineRows; }
   VICO_INLINE int64_t partial_rows() const { return channels + kStatistics; }
+
+  // CUDA: heads go in groups of kCudaHeads, and 16-bit tokens of up to kFusedChannels channels through one kernel that
+  // reads them once, in chunks of kCudaChunk tokens.
+  static constexpr int64_t kCudaChunk = 128, kCudaHeads = 16, kFusedChannels = 3200;
+  VICO_INLINE int64_t cuda_chunks() const { return (count + kCudaChunk - 1) / kCudaChunk; }
+  VICO_INLINE int64_t cuda_head_groups() const { return (heads + kCudaHeads - 1) / kCudaHeads; }
+  VICO_INLINE bool may_fuse() const { return element_size(dtype) == 2 && channels <= kFusedChannels; }
+  // What one head group of a chunk leaves to combine: sums [kCudaHeads, padded channels], and for each head the
+  // maximum, the sum of the weights and the sum of the weights as the tensor cores saw them.
+  VICO_INLINE int64_t cuda_padded_channels() const { return (channels + 7) / 8 * 8; }
+  VICO_INLINE int64_t cuda_partial_size() const { return kCudaHeads * (cuda_padded_channels() + 3); }
+  // Weights of all tokens, [tiles, head groups, count, kCudaHeads].
+  VICO_INLINE int64_t cuda_weights_size() const { return tiles * cuda_head_groups() * count * kCudaHeads; }
+  // Elements of `partial`.
+  VICO_INLINE int64_t cuda_forward_workspace() const {
+    const int64_t fused = may_fuse() ? tiles * cuda_head_groups() * cuda_chunks() * cuda_partial_size() : 0;
+    return fused > cuda_weights_size() ? fused : cuda_weights_size();
+  }
+  VICO_INLINE int64_t cuda_backward_workspace() const { return 2 * cuda_weights_size(); }
 };
 
 // Tokens and queries, which forward and backward read alike.
@@ -51,6 +71,7 @@ struct AttentionPoolParams {
   void* context = nullptr;  // [tiles, heads, channels], contiguous
   void* lse = nullptr;      // [tiles, heads], accumulate type, contiguous
   // Accumulate type, [tiles, chunks, channels + kStatistics, padded_heads]: what the chunks kernel leaves to combine.
+  // On CUDA shape.cuda_forward_workspace() elements, aligned to 16 bytes.
   void* partial = nullptr;
 };
 
@@ -63,7 +84,9 @@ struct AttentionPoolBackwardParams {
   void* grad_tokens = nullptr;         // [tiles, skip + count, channels], contiguous; null where not wanted
   int64_t skip = 0;                    // leading tokens of a tile, whose gradient is zero
   void* grad_query = nullptr;          // [tiles, heads, channels], contiguous
-  void* partial = nullptr;             // accumulate type, [tiles, chunks, channels, padded_heads]
+  // Accumulate type, [tiles, chunks, channels, padded_heads]; on CUDA shape.cuda_backward_workspace() elements, aligned
+  // to 16 bytes.
+  void* partial = nullptr;
 };
 
 // Chunks [begin, end) of all tiles * chunks().
@@ -72,5 +95,8 @@ VICO_CPU_KERNEL(attention_pool_backward_chunks, const AttentionPoolBackwardParam
 // Items [begin, end) of all tiles * combine_items(): kCombineRows channels of one tile each. After the chunks kernel.
 VICO_CPU_KERNEL(attention_pool_combine, const AttentionPoolParams&, int64_t begin, int64_t end)
 VICO_CPU_KERNEL(attention_pool_backward_combine, const AttentionPoolBackwardParams&, int64_t begin, int64_t end)
+
+void attention_pool_cuda(const AttentionPoolParams& params, cudaStream_t stream);
+void attention_pool_backward_cuda(const AttentionPoolBackwardParams& params, cudaStream_t stream);
 
 }  // namespace vico

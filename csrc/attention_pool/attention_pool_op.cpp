@@ -1,18 +1,16 @@
-// The door of attention_pool: checks, allocation, threads.
-#include <torch/csrc/stable/library.h>
-
+// The door of attention_pool: checks, allocation, threads or launch.
 #include <tuple>
 
 #include "attention_pool/attention_pool.h"
-#include "common/tensor.h"
+#include "common/door.h"
 
 namespace vico {
 namespace {
 
 // Checks tokens [tiles, skip + count, channels] and query [tiles, heads, channels], which forward and backward share.
 AttentionPoolShape checked_attention_shape(const Tensor& tokens, const Tensor& query, int64_t skip, const char* op) {
-  check_cpu(tokens, "tokens", op);
-  check_cpu(query, "query", op);
+  check_kernels(tokens, op);
+  check_device(query, tokens, "query", "tokens", op);
   AttentionPoolShape s;
   s.dtype = float_dtype(tokens, "tokens", op);
   check_same_dtype(query, tokens, "query", "tokens", op);
@@ -49,16 +47,21 @@ std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& tokens_in, const Tens
   Tensor lse = make_tensor(tokens_in, {s.tiles, s.heads}, accumulate_type(s.dtype));
   if (lse.numel() == 0) return {context, lse};
   const Tensor tokens = with_dense_last_dim(tokens_in), query = with_dense_last_dim(query_in);
-  Tensor partial =
-      make_tensor(tokens, {s.tiles, s.chunks(), s.partial_rows(), s.padded_heads()}, accumulate_type(s.dtype));
+  const int64_t room =
+      on_cuda(tokens) ? s.cuda_forward_workspace() : s.tiles * s.chunks() * s.partial_rows() * s.padded_heads();
+  Tensor partial = make_tensor(tokens, {room}, accumulate_type(s.dtype));
   p.in = attention_inputs(s, tokens, query, skip);
   p.context = context.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.partial = partial.mutable_data_ptr();
-  parallel_rows(s.tiles * s.chunks(), AttentionPoolShape::kChunk * s.channels,
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(attention_pool_chunks, p, begin, end); });
-  parallel_rows(s.tiles * s.combine_items(), AttentionPoolShape::kCombineRows * s.heads * s.chunks(),
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(attention_pool_combine, p, begin, end); });
+  if (on_cuda(tokens)) {
+    VICO_CUDA_CALL(attention_pool, p, tokens);
+  } else {
+    parallel_rows(s.tiles * s.chunks(), AttentionPoolShape::kChunk * s.channels,
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(attention_pool_chunks, p, begin, end); });
+    parallel_rows(s.tiles * s.combine_items(), AttentionPoolShape::kCombineRows * s.heads * s.chunks(),
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(attention_pool_combine, p, begin, end); });
+  }
   return {context, lse};
 }
 
@@ -66,12 +69,12 @@ std::tuple<Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context
                                                       const Tensor& query_in, const Tensor& context_in,
                                                       const Tensor& lse_in, int64_t skip, bool need_grad_tokens) {
   constexpr const char* kOp = "attention_pool_backward";
-  check_cpu(grad_context_in, "grad_context", kOp);
-  check_cpu(context_in, "context", kOp);
-  check_cpu(lse_in, "lse", kOp);
   AttentionPoolBackwardParams p;
   p.shape = checked_attention_shape(tokens_in, query_in, skip, kOp);
   const AttentionPoolShape& s = p.shape;
+  check_device(grad_context_in, tokens_in, "grad_context", "tokens", kOp);
+  check_device(context_in, tokens_in, "context", "tokens", kOp);
+  check_device(lse_in, tokens_in, "lse", "tokens", kOp);
   check_same_dtype(grad_context_in, tokens_in, "grad_context", "tokens", kOp);
   check_same_dtype(context_in, tokens_in, "context", "tokens", kOp);
   check_dtype(lse_in, accumulate_type(s.dtype), "lse", s.dtype == Dtype::kDouble ? "float64" : "float32", kOp);
@@ -88,7 +91,9 @@ std::tuple<Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context
   const Tensor tokens = with_dense_last_dim(tokens_in), query = with_dense_last_dim(query_in);
   const Tensor grad_context = to_contiguous(grad_context_in), context = to_contiguous(context_in);
   const Tensor lse = to_contiguous(lse_in);
-  Tensor partial = make_tensor(tokens, {s.tiles, s.chunks(), s.channels, s.padded_heads()}, accumulate_type(s.dtype));
+  const int64_t room =
+      on_cuda(tokens) ? s.cuda_backward_workspace() : s.tiles * s.chunks() * s.channels * s.padded_heads();
+  Tensor partial = make_tensor(tokens, {room}, accumulate_type(s.dtype));
   p.in = attention_inputs(s, tokens, query, skip);
   p.grad_context = grad_context.const_data_ptr();
   p.context = context.const_data_ptr();
@@ -97,17 +102,21 @@ std::tuple<Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context
   p.skip = skip;
   p.grad_query = grad_query.mutable_data_ptr();
   p.partial = partial.mutable_data_ptr();
-  parallel_rows(s.tiles * s.chunks(), AttentionPoolShape::kChunk * s.channels,
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(attention_pool_backward_chunks, p, begin, end); });
-  parallel_rows(s.tiles * s.combine_items(), AttentionPoolShape::kCombineRows * s.heads * s.chunks(),
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(attention_pool_backward_combine, p, begin, end); });
+  if (on_cuda(tokens)) {
+    VICO_CUDA_CALL(attention_pool_backward, p, tokens);
+  } else {
+    parallel_rows(s.tiles * s.chunks(), AttentionPoolShape::kChunk * s.channels,
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(attention_pool_backward_chunks, p, begin, end); });
+    parallel_rows(s.tiles * s.combine_items(), AttentionPoolShape::kCombineRows * s.heads * s.chunks(),
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(attention_pool_backward_combine, p, begin, end); });
+  }
   return {grad_tokens, grad_query};
 }
 
 }  // namespace
 }  // namespace vico
 
-STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) {
+VICO_DOORS(m) {
   m.impl("attention_pool", TORCH_BOX(&vico::attention_pool_op));
   m.impl("attention_pool_backward", TORCH_BOX(&vico::attention_pool_backward_op));
 }

@@ -1,4 +1,4 @@
-// Sums over the threads of a block, in an order that depends on nothing but the block's size.
+// Sums over the threads of a block or a warp, in an order that depends on nothing but the block's size.
 #pragma once
 
 #include "common/device.cuh"
@@ -24,6 +24,22 @@ VICO_DEVICE void block_sum(A (&values)[kCount], A* scratch) {
     values[i] = scratch[i * kMaxWarps];
     for (int w = 1; w < warps; ++w) values[i] += scratch[i * kMaxWarps + w];
   }
+}
+
+// Sums of kCount values over the lanes of a warp, spread over it: lane l gets those of values [l * kCount / 32, (l + 1)
+// * kCount / 32) in values[0 .. kCount / 32). In halves: a lane keeps half of what it has and gives the other half
+// away.
+template <int kDelta = 16, int kCount, class A>
+VICO_DEVICE void warp_sum_spread(A (&values)[kCount]) {
+  constexpr int kKept = kCount * kDelta / 32;
+  static_assert(kKept >= 1 && kCount % 32 == 0, "every lane gets as many sums");
+  const bool upper = threadIdx.x & kDelta;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const A low = values[i], high = values[i + kKept];
+    values[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, kDelta);
+  }
+  if constexpr (kDelta > 1) warp_sum_spread<kDelta / 2>(values);
 }
 
 }  // namespace vico

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/cpu_arch.h"
+#include "common/cuda_stream.h"
 #include "common/dtype.h"
 
 namespace vico {
@@ -16,7 +17,8 @@ struct SkinnyLinearParams {
   int64_t groups = 0;    // G, 1 for a plain linear layer
   int64_t features = 0;  // N
   int64_t depth = 0;     // K
-  // [rows, groups, depth], accumulate type, contiguous: every thread reads all of it, so it is converted once.
+  // [rows, groups, depth], contiguous. On the CPU of the accumulate type: every thread reads all of it, so it is
+  // converted once. On CUDA of the element type, which the tensor cores take.
   const void* x = nullptr;
   const void* weight = nullptr;  // [groups, features, depth]
   // Either depth_stride or feature_stride is 1: weight^T serves as well as weight.
@@ -32,5 +34,7 @@ struct SkinnyLinearParams {
 
 // Items [begin, end) of all groups * blocks(): block() features of one group each, for all rows.
 VICO_CPU_KERNEL(skinny_linear, const SkinnyLinearParams&, int64_t begin, int64_t end)
+
+void skinny_linear_cuda(const SkinnyLinearParams& params, cudaStream_t stream);
 
 }  // namespace vico

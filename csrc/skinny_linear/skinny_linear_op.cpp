@@ -1,7 +1,5 @@
-// The door of skinny_linear: checks, allocation, threads.
-#include <torch/csrc/stable/library.h>
-
-#include "common/tensor.h"
+// The door of skinny_linear: checks, allocation, threads or launch.
+#include "common/door.h"
 #include "skinny_linear/skinny_linear.h"
 
 namespace vico {
@@ -10,9 +8,9 @@ namespace {
 constexpr const char* kOp = "skinny_linear";
 
 Tensor skinny_linear_op(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in) {
-  check_cpu(x_in, "x", kOp);
-  check_cpu(weight_in, "weight", kOp);
-  if (bias_in) check_cpu(*bias_in, "bias", kOp);
+  check_kernels(x_in, kOp);
+  check_device(weight_in, x_in, "weight", "x", kOp);
+  if (bias_in) check_device(*bias_in, x_in, "bias", "x", kOp);
   SkinnyLinearParams p;
   p.dtype = float_dtype(x_in, "x", kOp);
   check_same_dtype(weight_in, x_in, "weight", "x", kOp);
@@ -33,8 +31,8 @@ Tensor skinny_linear_op(const Tensor& x_in, const Tensor& weight_in, const std::
 
   Tensor y = grouped ? make_tensor(x_in, {p.rows, p.groups, p.features}) : make_tensor(x_in, {p.rows, p.features});
   if (y.numel() == 0) return y;
-  const Tensor x = to_contiguous(
-      accumulate_type(p.dtype) == x_in.scalar_type() ? x_in : torch::stable::to(x_in, accumulate_type(p.dtype)));
+  const ScalarType x_type = on_cuda(x_in) ? x_in.scalar_type() : accumulate_type(p.dtype);
+  const Tensor x = to_contiguous(x_type == x_in.scalar_type() ? x_in : torch::stable::to(x_in, x_type));
   const auto dense = [&](int d) { return weight_in.size(d) <= 1 || weight_in.stride(d) == 1; };
   const Tensor weight = dense(grouped) || dense(grouped + 1) ? weight_in : torch::stable::contiguous(weight_in);
   std::optional<Tensor> bias;
@@ -46,12 +44,16 @@ Tensor skinny_linear_op(const Tensor& x_in, const Tensor& weight_in, const std::
   p.depth_stride = p.depth <= 1 ? 1 : weight.stride(grouped + 1);
   p.bias = data_or_null(bias);
   p.y = y.mutable_data_ptr();
-  parallel_rows(p.groups * p.blocks(), p.block() * p.depth,
-                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(skinny_linear, p, begin, end); });
+  if (on_cuda(x)) {
+    VICO_CUDA_CALL(skinny_linear, p, x);
+  } else {
+    parallel_rows(p.groups * p.blocks(), p.block() * p.depth,
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(skinny_linear, p, begin, end); });
+  }
   return y;
 }
 
 }  // namespace
 }  // namespace vico
 
-STABLE_TORCH_LIBRARY_IMPL(vico, CPU, m) { m.impl("skinny_linear", TORCH_BOX(&vico::skinny_linear_op)); }
+VICO_DOORS(m) { m.impl("skinny_linear", TORCH_BOX(&vico::skinny_linear_op)); }

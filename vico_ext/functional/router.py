@@ -13,7 +13,7 @@ __all__ = ["attention_pool", "router_gate", "router_pool", "skinny_linear"]
 # Most rows for which the own kernel runs instead of F.linear. It was measured for K and N in {1024, 3200, 4096, 12800}
 # with AVX2: at every size up to these rows at least as fast as torch's GEMM in float32 (2 to 4 times at 4 rows, 1.0 to
 # 1.5 times at 32) and float64. In 16 bits it was 3 to 4 times as fast at any number of rows; the bound is there for
-# CPUs whose matrix units speak those types, which a GEMM of more rows can use.
+# CPUs whose matrix units speak those types, which a GEMM of more rows can use. On CUDA nobody has measured it yet.
 _MOST_ROWS = {torch.float32: 32, torch.float64: 24, torch.bfloat16: 64, torch.float16: 64}
 
 Attention = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -102,15 +102,10 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The router's linear layers, x [P, K] or one map per head, x [P, heads, K] with weight [heads, N, K].
 
-    NOTE: on the CPU the own kernel at any P, also where F.linear would be a little faster: a tile's probability must
-    not depend on how many other tiles the call has.
+    NOTE: the own kernel at any P, also where F.linear would be a little faster: a tile's probability must not depend on
+    how many other tiles the call has, and a GEMM chooses its order of summation by the shape.
     """
-    if x.device.type == "cpu":
-        return torch.ops.vico.skinny_linear(x, weight, bias)
-    if x.dim() == 2:
-        return F.linear(x, weight, bias)
-    y = torch.einsum("mgk,gnk->mgn", x, weight)
-    return y if bias is None else y + bias
+    return torch.ops.vico.skinny_linear(x, weight, bias)
 
 
 def _layer_norm(x: Tensor, norm: Norm, eps: float) -> Tensor:

@@ -21,8 +21,8 @@ def _grad_weight(grad_y: Tensor, x: Tensor) -> Tensor:
     """sum over rows of grad_y[row, (group,) n] x[row, (group,) k]."""
     if x.dim() == 2:
         return grad_y.t() @ x
-    # In float: torch's batched product of 16-bit matrices on the CPU is orders of magnitude slower.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # On the CPU in float: torch's batched product of 16-bit matrices is orders of magnitude slower there.
+    wide = x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32
     return torch.bmm(grad_y.to(wide).permute(1, 2, 0), x.to(wide).transpose(0, 1)).to(x.dtype)
 
 

@@ -1,0 +1,309 @@
+// CUDA kernels of skinny_linear: a thread block takes a few features of one group and up to 32 rows of x; its warps
+// share the depth, so that even a small weight is read by the whole chip, and the block adds up what they found in
+// order.
+//
+// 16-bit weights whose rows are aligned go straight from memory to tensor cores, without shared memory: which element a
+// lane reads is free as long as weight and x agree on the order of the depth and the results on that of the features,
+// so every lane reads 16 bytes in a row. Features are the rows of the matrix instruction, rows of x its columns. Other
+// weights take kernels of ordinary arithmetic.
+//
+// The depth is shared out in one way whatever the number of rows: a row's result has the same bits in any company.
+#include <stdexcept>
+#include <string>
+
+#include "common/block_reduce.cuh"
+#include "common/mma.cuh"
+#include "common/pack.cuh"
+#include "skinny_linear/skinny_linear.h"
+
+namespace vico {
+namespace {
+
+// What block blockIdx.x works on. Blocks that share features follow one another: their weights come from the L2 cache.
+struct SkinnyBlock {
+  int64_t group, feature, row;
+  int features, rows;
+
+  VICO_DEVICE SkinnyBlock(const SkinnyLinearParams& p, int most_features, int most_rows) {
+    const int64_t row_blocks = (p.rows + most_rows - 1) / most_rows;
+    const int64_t feature_blocks = (p.features + most_features - 1) / most_features;
+    const int64_t block = blockIdx.x / row_blocks;
+    row = blockIdx.x % row_blocks * most_rows;
+    group = block / feature_blocks;
+    feature = block % feature_blocks * most_features;
+    features = static_cast<int>(p.features - feature < most_features ? p.features - feature : most_features);
+    rows = static_cast<int>(p.rows - row < most_rows ? p.rows - row : most_rows);
+  }
+  template <class T>
+  VICO_DEVICE const T* x(const SkinnyLinearParams& p) const {
+    return static_cast<const T*>(p.x) + (row * p.groups + group) * p.depth;
+  }
+  template <class T>
+  VICO_DEVICE const T* weight(const SkinnyLinearParams& p) const {
+    return static_cast<const T*>(p.weight) + group * p.group_stride + feature * p.feature_stride;
+  }
+  template <class T>
+  VICO_DEVICE void store(const SkinnyLinearParams& p, int r, int f, accumulate_t<T> sum) const {
+    const int64_t at = group * p.features + feature + f;
+    accumulate_t<T> y[1] = {sum};
+    if (p.bias) y[0] += value_of(static_cast<const T*>(p.bias)[at]);
+    store_pack(static_cast<T*>(p.y) + (row + r) * p.groups * p.features + at, pack_of<T, 1>(y));
+  }
+};
+
+inline unsigned skinny_blocks(const SkinnyLinearParams& p, int64_t most_features, int64_t most_rows) {
+  const int64_t blocks =
+      p.groups * ((p.features + most_features - 1) / most_features) * ((p.rows + most_rows - 1) / most_rows);
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error("skinny_linear of " + std::to_string(p.rows) + " rows, " + std::to_string(p.groups) +
+                             " groups and " + std::to_string(p.features) +
+                             " features: its CUDA kernels take up to 2^31 - 1 blocks");
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+VICO_DEVICE uint4 load16_if(bool there, const void* p) { return there ? ptx::load16(p) : make_uint4(0, 0, 0, 0); }
+
+// ---- tensor cores, depth next to each other: 16 features a block; a warp's step is 32 of the depth
+
+constexpr int kDotWarps = 8, kDotFeatures = 16, kDotDepth = 32, kDotAhead = 4;
+
+// Lane (g, t) reads elements 8 t .. 8 t + 7 of rows g and g + 8 of the weight and of rows g, g + 8, ... of x: they
+// stand for k = 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of two matrix instructions.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(32 * kDotWarps) skinny_dot_kernel(const __grid_constant__ SkinnyLinearParams p) {
+  constexpr int kStride = kDotFeatures + 4;  // no two lanes write to the same bank
+  VICO_SHARED(float, parts, [kDotWarps][8 * kTiles][kStride]);
+  const SkinnyBlock block(p, kDotFeatures, 8 * kTiles);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  const T* weight = block.weight<T>(p) + g * p.feature_stride + 8 * t;
+  const T* x = block.x<T>(p) + g * p.groups * p.depth + 8 * t;
+  const int64_t lower = 8 * p.feature_stride, x_tile = 8 * p.groups * p.depth;
+
+  float sums[kTiles][4] = {};
+  for (int64_t first = int64_t{warp} * kDotDepth; first < p.depth; first += kDotAhead * kDotWarps * kDotDepth) {
+    uint4 w[kDotAhead][2];
+#pragma unroll
+    for (int i = 0; i < kDotAhead; ++i) {
+      const int64_t k = first + i * kDotWarps * kDotDepth;
+      const bool there = k + 8 * t < p.depth;
+      w[i][0] = load16_if(there && g < block.features, weight + k);
+      w[i][1] = load16_if(there && g + 8 < block.features, weight + k + lower);
+    }
+#pragma unroll
+    for (int i = 0; i < kDotAhead; ++i) {
+      const int64_t k = first + i * kDotWarps * kDotDepth;
+      if (k >= p.depth) break;
+      const bool there = k + 8 * t < p.depth;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const uint4 b = load16_if(there && g + 8 * n < block.rows, x + k + n * x_tile);
+        mma<T>(sums[n], {w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y}, {b.x, b.y});
+        mma<T>(sums[n], {w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w}, {b.z, b.w});
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) parts[warp][8 * n + 2 * t + i % 2][g + 8 * (i / 2)] = sums[n][i];
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < block.rows * kDotFeatures; i += 32 * kDotWarps) {
+    const int r = i / kDotFeatures, f = i % kDotFeatures;
+    if (f >= block.features) continue;
+    float sum = parts[0][r][f];
+#pragma unroll
+    for (int w = 1; w < kDotWarps; ++w) sum += parts[w][r][f];
+    block.store<T>(p, r, f, sum);
+  }
+}
+
+// ---- tensor cores, features next to each other: 64 features a block; a warp's step is 16 of the depth
+
+constexpr int kColumnWarps = 4, kColumnFeatures = 64, kColumnDepth = 16;
+
+// Lane (g, t) reads features 8 g .. 8 g + 7 at depths 4 t .. 4 t + 3. Of matrix instruction j, feature 8 g + 2 j is row
+// g and feature 8 g + 2 j + 1 row g + 8.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(32 * kColumnWarps)
+    skinny_columns_kernel(const __grid_constant__ SkinnyLinearParams p) {
+  constexpr int kStride = kColumnFeatures + 2;
+  VICO_SHARED(float, parts, [kColumnWarps][8 * kTiles][kStride]);
+  const SkinnyBlock block(p, kColumnFeatures, 8 * kTiles);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  const T* weight = block.weight<T>(p) + 4 * t * p.depth_stride + 8 * g;
+  const T* x = block.x<T>(p) + g * p.groups * p.depth + 4 * t;
+  const int64_t x_tile = 8 * p.groups * p.depth;
+
+  float sums[4][kTiles][4] = {};
+#pragma unroll 2
+  for (int64_t k = int64_t{warp} * kColumnDepth; k < p.depth; k += kColumnWarps * kColumnDepth) {
+    uint32_t w[4][4];  // [depth][pair of features]
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint4 four =
+          load16_if(k + 4 * t + i < p.depth && 8 * g < block.features, weight + (k + i) * p.depth_stride);
+      w[i][0] = four.x;
+      w[i][1] = four.y;
+      w[i][2] = four.z;
+      w[i][3] = four.w;
+    }
+    uint2 b[kTiles];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const bool there = k + 4 * t < p.depth && g + 8 * n < block.rows;
+      b[n] = there ? *reinterpret_cast<const uint2*>(x + k + n * x_tile) : make_uint2(0, 0);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const auto lows = [&](int i) { return (w[i][j] & 0xffffu) | w[i + 1][j] << 16; };
+      const auto highs = [&](int i) { return w[i][j] >> 16 | (w[i + 1][j] & 0xffff0000u); };
+      const uint32_t a[4] = {lows(0), highs(0), lows(2), highs(2)};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], a, {b[n].x, b[n].y});
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        *reinterpret_cast<float2*>(&parts[warp][8 * n + 2 * t + i][8 * g + 2 * j]) =
+            make_float2(sums[j][n][i], sums[j][n][i + 2]);
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < block.rows * kColumnFeatures; i += 32 * kColumnWarps) {
+    const int r = i / kColumnFeatures, f = i % kColumnFeatures;
+    if (f >= block.features) continue;
+    float sum = parts[0][r][f];
+#pragma unroll
+    for (int w = 1; w < kColumnWarps; ++w) sum += parts[w][r][f];
+    block.store<T>(p, r, f, sum);
+  }
+}
+
+// ---- ordinary arithmetic, any type and alignment: 8 rows a block
+
+constexpr int kPlainRows = 8;
+constexpr int kPlainWarps = 4, kPlainFeatures = 4;  // features per warp
+
+// Depth next to each other: its lanes share the depth of a warp's features.
+template <class T>
+__global__ void __launch_bounds__(32 * kPlainWarps)
+    skinny_plain_dot_kernel(const __grid_constant__ SkinnyLinearParams p) {
+  using A = accumulate_t<T>;
+  const SkinnyBlock block(p, kPlainWarps * kPlainFeatures, kPlainRows);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int feature = static_cast<int>(threadIdx.x) / 32 * kPlainFeatures;
+  if (feature >= block.features) return;
+  const T* weight = block.weight<T>(p) + feature * p.feature_stride;
+  const T* x = block.x<T>(p);
+  A sums[kPlainFeatures * kPlainRows] = {};
+#pragma unroll 2
+  for (int64_t k = lane; k < p.depth; k += 32) {
+    A w[kPlainFeatures];
+#pragma unroll
+    for (int f = 0; f < kPlainFeatures; ++f) {
+      w[f] = feature + f < block.features ? value_of(weight[f * p.feature_stride + k]) : A{};
+    }
+#pragma unroll
+    for (int r = 0; r < kPlainRows; ++r) {
+      if (r >= block.rows) break;
+      const A value = value_of(x[r * p.groups * p.depth + k]);
+#pragma unroll
+      for (int f = 0; f < kPlainFeatures; ++f) sums[r * kPlainFeatures + f] += w[f] * value;
+    }
+  }
+  static_assert(kPlainFeatures * kPlainRows == 32, "one sum for each lane");
+  warp_sum_spread(sums);
+  const int r = lane / kPlainFeatures, f = feature + lane % kPlainFeatures;
+  if (r < block.rows && f < block.features) block.store<T>(p, r, f, sums[0]);
+}
+
+// Features next to each other: a lane a feature, the warps share the depth.
+constexpr int kPlainColumnWarps = 8;
+
+template <class T>
+__global__ void __launch_bounds__(32 * kPlainColumnWarps)
+    skinny_plain_columns_kernel(const __grid_constant__ SkinnyLinearParams p) {
+  using A = accumulate_t<T>;
+  VICO_SHARED(A, parts, [kPlainColumnWarps][kPlainRows][32]);
+  const SkinnyBlock block(p, 32, kPlainRows);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const T* weight = block.weight<T>(p) + lane;
+  const T* x = block.x<T>(p);
+  A sums[kPlainRows] = {};
+  constexpr int64_t kPart = 64 * kPlainColumnWarps;  // sums of sums round less than one long sum
+  for (int64_t first = warp; first < p.depth; first += kPart) {
+    const int64_t last = first + kPart < p.depth ? first + kPart : p.depth;
+    A part[kPlainRows] = {};
+#pragma unroll 4
+    for (int64_t k = first; k < last; k += kPlainColumnWarps) {
+      const A w = lane < block.features ? value_of(weight[k * p.depth_stride]) : A{};
+#pragma unroll
+      for (int r = 0; r < kPlainRows; ++r) {
+        if (r < block.rows) part[r] += w * value_of(x[r * p.groups * p.depth + k]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kPlainRows; ++r) sums[r] += part[r];
+  }
+#pragma unroll
+  for (int r = 0; r < kPlainRows; ++r) parts[warp][r][lane] = sums[r];
+  __syncthreads();
+  if (lane >= block.features) return;
+  for (int r = warp; r < block.rows; r += kPlainColumnWarps) {
+    A sum = parts[0][r][lane];
+    for (int w = 1; w < kPlainColumnWarps; ++w) sum += parts[w][r][lane];
+    block.store<T>(p, r, lane, sum);
+  }
+}
+
+template <class T, int kTiles>
+void skinny_tensor_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
+  if (p.depth_stride == 1) {
+    launch(skinny_dot_kernel<T, kTiles>, dim3(skinny_blocks(p, kDotFeatures, 8 * kTiles)), dim3(32 * kDotWarps), 0,
+           stream, p);
+  } else {
+    launch(skinny_columns_kernel<T, kTiles>, dim3(skinny_blocks(p, kColumnFeatures, 8 * kTiles)),
+           dim3(32 * kColumnWarps), 0, stream, p);
+  }
+}
+
+// Whether the tensor core kernels can read x and the weight in their packs.
+bool is_wide(const SkinnyLinearParams& p) {
+  if (!is_aligned16(p.x) || !is_aligned16(p.weight) || p.group_stride % 8 != 0) return false;
+  if (p.depth_stride == 1) return p.feature_stride % 8 == 0 && p.depth % 8 == 0;
+  return p.depth_stride % 8 == 0 && p.features % 8 == 0 && p.depth % 4 == 0;
+}
+
+}  // namespace
+
+void skinny_linear_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.groups == 0 || p.features == 0) return;
+  dispatch(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      if (is_wide(p)) {
+        if (p.rows <= 8) return skinny_tensor_cuda<T, 1>(p, stream);
+        if (p.rows <= 16) return skinny_tensor_cuda<T, 2>(p, stream);
+        return skinny_tensor_cuda<T, 4>(p, stream);
+      }
+    }
+    if (p.depth_stride == 1) {
+      launch(skinny_plain_dot_kernel<T>, dim3(skinny_blocks(p, kPlainWarps * kPlainFeatures, kPlainRows)),
+             dim3(32 * kPlainWarps), 0, stream, p);
+    } else {
+      launch(skinny_plain_columns_kernel<T>, dim3(skinny_blocks(p, 32, kPlainRows)), dim3(32 * kPlainColumnWarps), 0,
+             stream, p);
+    }
+  });
+}
+
+}  // namespace vico
