@@ -1,6 +1,7 @@
 #!/bin/sh
 # The op tests through the doors and the CUDA kernels, without a GPU: VICO_EXT_CUDA=HOST builds the extension so that CPU
-# tensors go to the CUDA kernels, run by csrc/cuda_on_host. At most three minutes on two cores.
+# tensors go to the CUDA kernels, run by csrc/cuda_on_host. At most three minutes on two cores: bounded by processor
+# time, because how long it takes beside other work says nothing.
 #   .ci/cuda_host_doors.sh BIN    BIN: the folder of the environment's programs
 set -eu
 bin=$1
@@ -29,7 +30,8 @@ export PYTHONPATH="$work"
 "$bin/python" -m pytest -q -x -p no:cacheprovider --durations=5 test_doors.py \
   test_pixel_shuffle.py test_normalized_shuffle.py test_bias_gelu.py test_pack_tokens.py test_attention_pool.py \
   test_routing_plan.py test_merge_tokens.py test_compress_sequence.py test_tokens.py test_connector.py test_router.py \
-  -k 'not compile and not export and not opcheck and not distributed and not copies and not peak_memory'
-total=$(($(date +%s) - start))
-echo "  cuda_host_doors: $total s of 180"
-[ "$total" -le 180 ] || { echo "over its budget of three minutes"; exit 1; }
+  -k 'not (compile or export or opcheck or distributed or copies or peak_memory or keeps_the_mean)'
+times >"$work/times"  # the second line is that of the commands above
+used=$(awk 'NR == 2 { for (i = 1; i <= 2; ++i) { split($i, t, "[ms]"); s += 60 * t[1] + t[2] } print int(s) }' "$work/times")
+echo "  cuda_host_doors: $(($(date +%s) - start)) s, $used s of processor time"
+[ "$used" -le 300 ] || { echo "over its budget of 300 s of processor time"; exit 1; }
