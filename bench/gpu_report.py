@@ -60,7 +60,7 @@ def gpu_table(record: dict[str, Any] | None) -> str:
     if record is None:
         rows = "\n".join(f"| {case} | {size} | {target} |" for (case, size), target in TARGETS.items())
         return (
-            "Not measured on a GPU: there is no `bench/results/gpu.json`. `make gpu` on a machine with one writes it.\n\n"
+            "Not measured on a GPU: there is no `bench/results/gpu.json`; `make gpu` on a GPU machine writes it.\n\n"
             f"| case | size | target on an H100, bf16 |\n|---|---|---|\n{rows}"
         )
     facts, ceiling = record["certificate"], record["ceilings"]
@@ -75,10 +75,10 @@ def gpu_table(record: dict[str, Any] | None) -> str:
     skipped = "".join(f"\n\nNot measured: `{case}`: {why}." for case, why in record["skipped"].items())
     smoke = "A smoke run at tiny sizes, no measurement. " if record["smoke"] else ""
     certificate = (
-        f"{smoke}Microseconds, median (p20–p80), contenders interleaved, cold L2; × is the contender's median over ours. "
+        f"{smoke}Microseconds, median (p20–p80), contenders interleaved, cold L2; × is their median over ours. "
         f"{facts['device']}, CUDA {facts.get('cuda', '–')}, driver and clocks {facts.get('driver_and_clocks', '–')}, "
-        f"torch {facts['torch']}, {facts['dtype']}, kernels for {facts['kernels'] or 'the CPU'}; in the same run a copy "
-        f"moved {ceiling['copy_bytes_per_second'] / 1e12:.2f} TB/s and a product ran at "
+        f"torch {facts['torch']}, {facts['dtype']}, kernels for {facts['kernels'] or 'the CPU'}; in the same run a "
+        f"copy moved {ceiling['copy_bytes_per_second'] / 1e12:.2f} TB/s and a product ran at "
         f"{ceiling['product_operations_per_second'] / 1e12:.0f} TFLOP/s; commit {facts['commit'][:10]}"
         f"{', with uncommitted changes' if facts['uncommitted'] else ''}, {facts['date'][:10]}; `{facts['command']}`."
     )

@@ -20,7 +20,6 @@ start=$(date +%s)
 logs=$root/build/gpu/logs
 mkdir -p "$logs" "$results"
 summary=$logs/summary.txt
-: >"$summary"
 failed=0
 
 # step NAME LIMIT COMMAND...: runs it for LIMIT seconds at most, and never past the end of the nine minutes
@@ -97,6 +96,7 @@ case ${1:-} in  # a step's own process
   bench) bench "$2"; exit ;;
 esac
 
+: >"$summary"
 export VICO_TEST_DEVICE="$device" PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}" DEVICE="$device" RESULTS="$results"
 me=$root/bench/gpu/run.sh
 step build 170 sh "$me" build
