@@ -1,7 +1,6 @@
 #!/bin/sh
 # The op tests through the doors and the CUDA kernels, without a GPU: VICO_EXT_CUDA=HOST builds the extension so that CPU
-# tensors go to the CUDA kernels, run by csrc/cuda_on_host. At most three minutes on two cores: bounded by processor
-# time, because how long it takes beside other work says nothing.
+# tensors go to the CUDA kernels, run by csrc/cuda_on_host.
 #   .ci/cuda_host_doors.sh BIN    BIN: the folder of the environment's programs
 set -eu
 bin=$1
