@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_rooms_with_a_cuda_kernel_register_their_doors_for_both_devices():
     assert ROOMS / "pixel_shuffle" in rooms
     for room in rooms:
         door = (room / f"{room.name}_op.cpp").read_text()
-        names = [line.split('"')[1] for line in door.splitlines() if line.strip().startswith("m.impl(")]
+        names = re.findall(r'm\.impl\("(\w+)"', door)
         assert names
         for name in names:
             for key in ("CPU", "CUDA"):

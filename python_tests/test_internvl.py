@@ -312,7 +312,7 @@ def test_errors_of_inputs(model):
     given = inputs((2,))
     short = {**given, "pixel_values": given["pixel_values"][:1]}
     with pytest.raises(
-        ValueError, match=r"hold 1 tiles, each of which needs 16 consecutive placeholders .*have 32 placeholders"
+        ValueError, match=r"hold 1 tiles, each of which needs 16 consecutive placeholders .*(have|got) 32"
     ):
         model(**short)
     with pytest.raises(ValueError, match="images and prompt do not match"):
