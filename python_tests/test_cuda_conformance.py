@@ -212,6 +212,9 @@ def test_arithmetic(dump: dict[str, Case]) -> None:
     # The product is exact in double; its sum with x[2] is rounded twice, which rarely shows and never by more.
     fma = x[:, 0] * x[:, 1] + x[:, 2]
     assert (np.abs(floats[:, 0] - fma) <= np.spacing(np.abs(fma).astype(np.float32)) * 0.5001).all()
+    single = case["x"]
+    np.testing.assert_array_equal(floats[:, 4], single[:, 0] * single[:, 1] + single[:, 2])
+    np.testing.assert_array_equal(case["doubles"], (x[:, 0] / 3) * (x[:, 1] / 7) + x[:, 2])
     # The CUDA programming guide's bounds: 2 ulp, 2 + |1.173 x| ulp, 2 ulp.
     for column, exact, ulp in (
         (1, 1 / np.sqrt(np.abs(x[:, 0].astype(np.float32)) + np.float32(0.001)), 2),

@@ -153,8 +153,9 @@ def launched_kernels(program: str, output: str) -> set[str]:
     addresses = {int(a, 16) for a in re.findall(r"^kernel (0x[0-9a-f]+)", output, re.MULTILINE)}
     binary = ROOT / "build" / "cuda_on_host" / "plain" / program
     symbols = subprocess.run(["nm", "-C", binary], capture_output=True, text=True, check=True).stdout
-    names = (line.split(maxsplit=2) for line in symbols.splitlines() if line[:1] != " ")
-    return {re.split(r"[<(]", n[2])[0].split("::")[-1].split()[-1] for n in names if int(n[0], 16) in addresses}
+    found = (line.split(maxsplit=2) for line in symbols.splitlines() if line[:1] != " ")
+    names = (n[2].replace("(anonymous namespace)::", "") for n in found if int(n[0], 16) in addresses)
+    return {re.split(r"[<(]", name)[0].split("::")[-1].split()[-1] for name in names}
 
 
 @pytest.mark.parametrize("runs", [[Run(program, "plain", (), "fifo") for program in KERNEL_TESTS]], ids=["plain"])

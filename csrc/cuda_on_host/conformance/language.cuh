@@ -91,9 +91,10 @@ inline void dump_atomics(Dump& dump, Random& random) {
 
 // ---- arithmetic
 
-constexpr int kIntegers = 5, kFloats = 4;
+constexpr int kIntegers = 5, kFloats = 5;
 
-__global__ void arithmetic_kernel(const uint32_t* bits, const float* x, uint32_t* integers, float* floats) {
+__global__ void arithmetic_kernel(const uint32_t* bits, const float* x, uint32_t* integers, float* floats,
+                                  double* doubles) {
   const unsigned i = threadIdx.x;
   const uint32_t b = __ldg(bits + i);
   integers[i * kIntegers] = static_cast<uint32_t>(__popc(b));
@@ -105,6 +106,9 @@ __global__ void arithmetic_kernel(const uint32_t* bits, const float* x, uint32_t
   floats[i * kFloats + 1] = rsqrtf(fabsf(x[3 * i]) + 0.001f);
   floats[i * kFloats + 2] = __expf(x[3 * i + 1]);
   floats[i * kFloats + 3] = __fdividef(x[3 * i + 2], x[3 * i + 1]);
+  // Rounded before the sum: plain products would be fused with it.
+  floats[i * kFloats + 4] = __fmul_rn(x[3 * i], x[3 * i + 1]) + x[3 * i + 2];
+  doubles[i] = __dmul_rn(double{x[3 * i]} / 3, double{x[3 * i + 1]} / 7) + x[3 * i + 2];
 }
 
 inline void dump_arithmetic(Dump& dump, Random& random) {
@@ -117,9 +121,12 @@ inline void dump_arithmetic(Dump& dump, Random& random) {
   const auto x = dump.input("arithmetic/x", numbers, {kN, 3});
   const Array<uint32_t> integers{std::vector<uint32_t>(kN * kIntegers)};
   const Array<float> floats{std::vector<float>(kN * kFloats)};
-  vico::launch(arithmetic_kernel, 1, kN, 0, nullptr, bits.data(), x.data(), integers.data(), floats.data());
+  const Array<double> doubles{std::vector<double>(kN)};
+  vico::launch(arithmetic_kernel, 1, kN, 0, nullptr, bits.data(), x.data(), integers.data(), floats.data(),
+               doubles.data());
   dump.output("arithmetic/integers", integers, {kN, kIntegers});
   dump.output("arithmetic/floats", floats, {kN, kFloats});
+  dump.output("arithmetic/doubles", doubles, {kN});
 }
 
 }  // namespace conformance
