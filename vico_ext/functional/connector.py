@@ -95,7 +95,9 @@ def pack_tokens(
 
 
 def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
-    """Raises ValueError unless ``plan`` is a plan of the tiles in ``tokens`` [P, has_cls + N, V]."""
+    """Raises TypeError or ValueError unless ``plan`` is a plan of the tiles in ``tokens`` [P, has_cls + N, V]."""
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"plan must be a RoutingPlan (see plan_routing), got {type(plan).__name__}")
     if tokens.dim() != 3:
         raise ValueError(f"tokens must have shape [tiles, tokens, channels], got {list(tokens.shape)}")
     if plan.tiles != tokens.shape[0]:
@@ -109,6 +111,18 @@ def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
         raise ValueError(
             f"the plan gives {plan.tokens[0]} or {plan.tokens[1]} tokens to a tile, but {patches} patch tokens per "
             f"tile make {wanted[0]} or {wanted[1]}: is it the plan of another batch? (plan_routing's tokens={wanted})"
+        )
+
+
+def _check_dtype(tokens: Tensor, weights: Mapping[str, Tensor]) -> None:
+    """Raises TypeError where the norm would take 16-bit tokens, beside wider parameters, and the first Linear not."""
+    wanted = weights["mlp1.1.weight"].dtype
+    if tokens.dtype not in (torch.bfloat16, torch.float16) or tokens.dtype == wanted:
+        return
+    if not torch.is_autocast_enabled(tokens.device.type):
+        raise TypeError(
+            f"tokens must have the dtype of the connector's weights, {wanted}, got {tokens.dtype}: cast the tokens or "
+            "the connector, or use autocast"
         )
 
 
@@ -150,6 +164,7 @@ def connector(
         projections: that of ``tokens``, or autocast's.
 
     Raises:
+        TypeError: ``plan`` is no plan, or 16-bit tokens meet weights of another dtype without autocast.
         ValueError: the plan is not of these tiles, or the tokens do not fill the grid.
         KeyError: a parameter is missing from ``weights``.
     """
@@ -165,9 +180,12 @@ def connector(
             x = _bias_gelu_of_temporary(x, bias, dropout_p, training)
         return F.linear(x, last[0], last[1] if add_bias else None)
 
+    _check_dtype(tokens, weights)
     if plan is None:
         return run(_FULL, 2, None, 0.0, True)
     check_plan(tokens, plan, has_cls)
-    full = run(_FULL, 2, plan.order[: plan.full_tiles], 0.0, False)
-    compressed = run(_COMPRESSED, 4, plan.order[plan.full_tiles :], dropout_p, False)
+    # split and not slices: with a number of tiles that torch.compile does not know, these are of that very number.
+    full_index, compressed_index = plan.order.split([plan.full_tiles, plan.compressed_tiles])
+    full = run(_FULL, 2, full_index, 0.0, False)
+    compressed = run(_COMPRESSED, 4, compressed_index, dropout_p, False)
     return pack_tokens(full, compressed, plan, weights["mlp1.3.bias"], weights["mlp2.7.bias"])
