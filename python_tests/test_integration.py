@@ -162,6 +162,25 @@ def test_compiles_whole_where_the_policy_looks_at_p(policy):
         torch.testing.assert_close(compiled(tokens), side(tokens))
 
 
+def test_exports_for_any_number_of_tiles_where_the_policy_looks_at_p():
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.connector = vico_ext.FusedConnector(V, H)
+            self.router = vico_ext.VisualResolutionRouter(V)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            plan = vico_ext.plan_routing(self.router(tokens), vico_ext.ThresholdPolicy(0.5), tokens=(16, 4))
+            return self.connector(tokens, plan)
+
+    side = Side().eval()
+    tiles = torch.export.Dim("tiles", min=2, max=64)
+    program = torch.export.export(side, (torch.randn(5, 65, V),), dynamic_shapes=({0: tiles},)).module()
+    for count in (5, 3):
+        tokens = torch.randn(count, 65, V)
+        torch.testing.assert_close(program(tokens), side(tokens))
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [

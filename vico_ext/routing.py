@@ -11,7 +11,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def _checked_tokens(tokens: Sequence[int]) -> tuple[int, int]:
     if len(tokens) != 2:
         raise ValueError(f"tokens must be two numbers, of a whole and of a compressed tile, got {tuple(tokens)}")
     try:
-        full, compressed = (n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in tokens)
+        full, compressed = (cast(int, n) if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in tokens)
     except TypeError as error:
         raise TypeError(f"tokens must be whole numbers, got {tuple(tokens)}") from error
     if not full > compressed > 0:
