@@ -230,7 +230,9 @@ def _without_thresholds(model, tmp_path):
         (None, ["--nonsense"], "unrecognized arguments: --nonsense"),
         (None, ["{tmp}/*.gif"], r"no file matches .*\*\.gif"),
         (None, ["{tmp}"], "no images in the folder"),
-        (None, ["--out", "{tmp}/file"], "file"),
+        (None, ["--out", "{tmp}/file"], "--out must be a folder, .*file is a file"),
+        (None, ["--max-tiles", "1001"], "argument --max-tiles: expected at most 1000 tiles, got '1001'"),
+        (None, [""], "IMAGE must be a file, a folder or a pattern, got an empty name"),
     ],
 )
 def test_errors_are_one_line(model, pictures, tmp_path, capsys, change, args, message):
@@ -345,3 +347,28 @@ def test_as_a_program(model, pictures, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "36 -> " in done.stdout
     assert (tmp_path / "a.route.png").is_file()
+
+
+def test_names_that_are_long_or_not_of_the_terminal(model, pictures, tmp_path):
+    """240 bytes of name leave no room for an ending; ASCII has no e with an accent."""
+    letter = "\u00e9"
+    shutil.copy(pictures / "b.jpg", tmp_path / f"{letter * 118}.jpg")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "vico_ext", "route", tmp_path, "--model", model, "--out", tmp_path / "out"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\xe9" in done.stdout
+    assert (tmp_path / "out" / f"{letter * 100}.route.png").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]])
+def test_a_reader_that_has_enough_is_no_error(arguments):
+    """As in ``vico info | head -1``. argparse itself swallows the closed pipe where Python does not buffer."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "vico_ext", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as output:
+        done = subprocess.run(command, env=env, stdout=output, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == ""
+    assert done.returncode in ((141,) if arguments == ["info"] else (0, 141))

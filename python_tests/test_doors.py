@@ -84,3 +84,40 @@ def test_tensors_on_two_devices(name, arguments, message):
     door = getattr(torch.ops.vico, name).default
     with pytest.raises(RuntimeError, match=message):
         door.redispatch(DispatchKeySet(DispatchKey.CPU), *arguments())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        # 274177 * 67280421310721 = 2^64 + 1: one token in 64 bits.
+        (
+            "pixel_shuffle_backward",
+            (torch.zeros(1, 1, 4), 1, 274177, 67280421310721, 1),
+            "the grid must have at most 2147483647 rows and columns, got 274177 x 67280421310721",
+        ),
+        (
+            "normalized_shuffle",
+            (torch.zeros(1, 1, 4), torch.ones(4), torch.ones(4), 1e-5, 274177, 67280421310721, 1),
+            "the grid must have at most 2147483647 rows and columns",
+        ),
+        (
+            "pixel_shuffle",
+            (torch.zeros(1, 4, 4), 2, 2, 2, None, 2**63 - 1),
+            r"skip must lie in \[0, 2147483647\], got 9223372036854775807",
+        ),
+        ("plan_tokens", (torch.zeros(4) > 0, 2**62, 1), "4 tiles of 4611686018427387904 tokens are more than"),
+        (
+            "keep_placeholders",
+            (torch.zeros(1, 4).long(), None, torch.zeros(4) > 0, 1, 2**62, 1),
+            "4 tiles of 4611686018427387904 tokens are more than",
+        ),
+        (
+            "merge_tokens_backward",
+            (torch.zeros(1, 4), torch.zeros(1).long(), 2**63 - 1, 2**63 - 1, False, True),
+            "embed_rows and token_rows are more rows than can be counted",
+        ),
+    ],
+)
+def test_sizes_that_overflow(name, arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.vico, name)(*arguments)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vico_ext
+from vico_ext import functional as VF
 from vico_ext import reference
 
 V, H, PLACEHOLDER = 32, 48, 7
@@ -144,6 +145,90 @@ def test_compiles_whole_forward_and_backward():
         torch.autograd.grad(got.square().mean(), params), torch.autograd.grad(want.square().mean(), params), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("policy", [vico_ext.ThresholdPolicy(0.5), vico_ext.ReleasedPolicy(0.5, 0.0)])
+def test_compiles_whole_where_the_policy_looks_at_p(policy):
+    """The number of compressed tiles is data; it must not end in a check that the compiler cannot decide."""
+    torch._dynamo.reset()
+    connector, router = vico_ext.FusedConnector(V, H).eval(), vico_ext.VisualResolutionRouter(V).eval()
+
+    def side(tokens):
+        return connector(tokens, vico_ext.plan_routing(router(tokens), policy, tokens=(16, 4)))
+
+    compiled = torch.compile(side, fullgraph=True, backend="aot_eager")
+    for tiles in (5, 3):
+        tokens = torch.randn(tiles, 65, V)
+        torch.testing.assert_close(compiled(tokens), side(tokens))
+
+
+def test_exports_for_any_number_of_tiles_where_the_policy_looks_at_p():
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.connector = vico_ext.FusedConnector(V, H)
+            self.router = vico_ext.VisualResolutionRouter(V)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            plan = vico_ext.plan_routing(self.router(tokens), vico_ext.ThresholdPolicy(0.5), tokens=(16, 4))
+            return self.connector(tokens, plan)
+
+    side = Side().eval()
+    tiles = torch.export.Dim("tiles", min=2, max=64)
+    program = torch.export.export(side, (torch.randn(5, 65, V),), dynamic_shapes=({0: tiles},)).module()
+    for count in (5, 3):
+        tokens = torch.randn(count, 65, V)
+        torch.testing.assert_close(program(tokens), side(tokens))
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("pixel_shuffle", lambda x: VF.pixel_shuffle(x, 2)),
+        ("normalized_shuffle", lambda x: VF.normalized_shuffle(x, torch.ones(16), torch.ones(16), 2)),
+        ("bias_gelu", VF.bias_gelu),
+        ("attention_pool", lambda x: VF.attention_pool(x, x[:, :2])),
+        ("merge_tokens", lambda x: VF.merge_tokens(x[0], x[0], torch.tensor([0, 20]))),
+        (
+            "pack_tokens",
+            lambda x: VF.pack_tokens(
+                x[:, :4], x[:0, :1], vico_ext.RoutingPlan.from_compress(torch.zeros(1) > 0, (4, 1))
+            ),
+        ),
+    ],
+)
+def test_second_derivatives_are_refused_and_not_zero(name, function):
+    x = torch.randn(1, 17, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(
+        NotImplementedError, match=f"vico::{name}_backward has no derivative: .* first derivatives only"
+    ):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "plan", "message"),
+    [
+        (
+            torch.float16,
+            None,
+            "tokens must have the dtype of the connector's weights, torch.float32, got torch.float16",
+        ),
+        (torch.float32, torch.zeros(2) > 0, r"plan must be a RoutingPlan \(see plan_routing\), got Tensor"),
+    ],
+)
+def test_bad_arguments_of_the_connector(dtype, plan, message):
+    with pytest.raises(TypeError, match=message):
+        vico_ext.FusedConnector(V, H)(torch.zeros(2, 65, V, dtype=dtype), plan)
+
+
+def test_runs_without_data():
+    """On the meta device, as tools that count operations do."""
+    with torch.device("meta"):
+        connector, router = vico_ext.FusedConnector(V, H), vico_ext.VisualResolutionRouter(V)
+        tokens = torch.empty(3, 65, V)
+    assert router(tokens).shape == (3,)
+    assert connector(tokens).shape == (3, 16, H)
 
 
 def test_exports():

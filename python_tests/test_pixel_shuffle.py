@@ -79,12 +79,16 @@ def test_compiles_whole_with_dynamic_tiles():
         ((1, 16, 6), {}, "square grid after the CLS token, got 15"),
         ((1, 17, 6), {"grid": (4, 5)}, r"grid \(4, 5\) needs 20 tokens per tile after the CLS token, got 16"),
         ((1, 10, 6), {}, r"grid \(3, 3\) must be divisible by the rate 2"),
+        ((1, 17, 6), {"grid": (-4, -4)}, r"grid \(-4, -4\) must be divisible by the rate 2"),
+        ((1, 17, 6), {"grid": 4}, "grid must be two numbers, rows and columns of the token grid, got 4"),
+        ((1, 17, 6), {"grid": (4, 4, 1)}, r"grid must be two numbers, .* got \(4, 4, 1\)"),
+        ((1, 17, 6), {"rate": 0}, "rate must be at least 1, got 0"),
         ((1, 17, 6), {"ps_version": "v3"}, "ps_version must be 'v1' or 'v2', got 'v3'"),
     ],
 )
 def test_bad_arguments(shape, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        VF.pixel_shuffle(torch.zeros(shape), 2, **kwargs)
+        VF.pixel_shuffle(torch.zeros(shape), **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -129,10 +130,17 @@ def test_threshold(p, threshold):
     assert torch.equal(plan.compress, _wide(p) >= threshold)
 
 
+@pytest.mark.parametrize(("fraction", "tiles"), [("0.58", 25), ("0.7", 45), ("0.35", 45), ("0.565", 50), ("0.57", 75)])
+def test_budget_of_a_decimal_fraction_that_is_met_exactly(fraction, tiles):
+    """The float next to 0.7 is below it; a tile more would be compressed than 0.7 of the tokens asks for."""
+    plan = vico_ext.plan_routing(torch.rand(tiles), BudgetPolicy(fraction=float(fraction)))
+    assert plan.total_tokens == Fraction(fraction) * tiles * 256
+
+
 @given(probabilities(), st.floats(0.25, 1), st.booleans())
 @settings(deadline=None, max_examples=100)
 def test_budget_takes_the_fewest_of_the_highest(p, fraction, absolute):
-    budget = math.floor(fraction * len(p) * 256)
+    budget = math.floor(fraction * (1 + 2**-51) * (len(p) * 256))
     policy = BudgetPolicy(max_tokens=budget) if absolute else BudgetPolicy(fraction=fraction)
     if len(p) * 64 > budget:  # the floor of a fraction near 1/4
         with pytest.raises(ValueError, match="cannot be met"):
@@ -280,11 +288,14 @@ def test_opcheck(dtype):
         ({"tiles_per_image": [2, 2]}, ValueError, r"add up to the 3 tiles of p, got \[2, 2\] = 4"),
         ({"tiles_per_image": torch.tensor([4, -1])}, ValueError, r"must not be negative, got \[4, -1\]"),
         ({"tiles_per_image": torch.tensor([3.0])}, ValueError, "int tensor .images., got torch.float32"),
-        ({"tiles_per_image": [1.5, 1.5]}, TypeError, "float"),
         ({"tokens": (64, 256)}, ValueError, r"full > compressed > 0, got \(64, 256\)"),
         ({"tokens": (256, 0)}, ValueError, r"full > compressed > 0, got \(256, 0\)"),
         ({"tokens": (256,)}, ValueError, r"tokens must be two numbers, .* got \(256,\)"),
         ({"tokens": (256.0, 64)}, TypeError, "tokens must be whole numbers"),
+        ({"tokens": 256}, TypeError, "tokens must be two numbers, .* got 256"),
+        ({"p": torch.rand(3, 1), "tiles_per_image": [1]}, ValueError, r"p must be .* of shape \[3, 1\]"),
+        ({"tiles_per_image": 3}, TypeError, "tiles_per_image must be a list of ints or an int tensor .*, got 3"),
+        ({"tiles_per_image": [1.5, 1.5]}, TypeError, r"tiles_per_image must be a list of ints .*, got \[1.5, 1.5\]"),
     ],
 )
 def test_bad_arguments(kwargs, error, message):

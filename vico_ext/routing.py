@@ -11,7 +11,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -33,11 +33,14 @@ __all__ = [
 
 
 def _checked_tokens(tokens: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(tokens, (tuple, list)):
+        raise TypeError(f"tokens must be two numbers, of a whole and of a compressed tile, got {tokens!r}")
     if len(tokens) != 2:
         raise ValueError(f"tokens must be two numbers, of a whole and of a compressed tile, got {tuple(tokens)}")
-    full, compressed = tokens
-    if isinstance(full, float) or isinstance(compressed, float):
-        raise TypeError(f"tokens must be whole numbers, got {tuple(tokens)}")
+    try:
+        full, compressed = (cast(int, n) if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in tokens)
+    except TypeError as error:
+        raise TypeError(f"tokens must be whole numbers, got {tuple(tokens)}") from error
     if not full > compressed > 0:
         raise ValueError(f"tokens must be (full, compressed) with full > compressed > 0, got {tuple(tokens)}")
     return full, compressed
@@ -237,7 +240,8 @@ class BudgetPolicy(RoutingPolicy):
 
     Attributes:
         max_tokens: most visual tokens T of the call, or
-        fraction: the same as a share of the uncompressed tokens: floor(fraction * P * full). Exactly one is given.
+        fraction: the same as a share of the uncompressed tokens: floor(fraction * P * full), where what float64 cannot
+            hold of a fraction such as 0.7 costs no tile. Exactly one is given.
 
     Raises (when a plan is made):
         ValueError: even with all tiles compressed the budget does not hold.
@@ -262,7 +266,9 @@ class BudgetPolicy(RoutingPolicy):
 
     def compressed_tiles(self, tiles: int, tokens: tuple[int, int]) -> int:
         full, compressed = tokens
-        share = 1.0 if self.fraction is None else self.fraction
+        # 0.7 of 45 tiles are 8064 tokens, but 0.7 * 11520 is 8063.999...: rounded up by more than fraction and product
+        # can be too small.
+        share = (1.0 if self.fraction is None else self.fraction) * (1 + 2**-51)
         budget = math.floor(share * (tiles * full)) if self.max_tokens is None else self.max_tokens
         if tiles * compressed > budget:
             raise ValueError(
@@ -281,6 +287,11 @@ def _check_policy(policy: Any) -> None:
         raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}{hint}")
 
 
+def _check_vector(p: Tensor) -> None:
+    if p.dim() != 1 or not p.is_floating_point():
+        raise ValueError(f"p must be a floating tensor of shape [tiles], got {p.dtype} of shape {list(p.shape)}")
+
+
 def _checked_images(tiles_per_image: Sequence[int] | Tensor, tiles: int) -> Tensor:
     """tiles_per_image [images] int64, checked; but its values only where reading them does not wait for a device."""
     if isinstance(tiles_per_image, Tensor):
@@ -293,7 +304,12 @@ def _checked_images(tiles_per_image: Sequence[int] | Tensor, tiles: int) -> Tens
             return tiles_per_image.long()
         images = tiles_per_image.tolist()
     else:
-        images = list(map(operator.index, tiles_per_image))
+        try:
+            images = list(map(operator.index, tiles_per_image))
+        except TypeError as error:
+            raise TypeError(
+                f"tiles_per_image must be a list of ints or an int tensor [images], got {tiles_per_image!r}"
+            ) from error
     if images and min(images) < 0:
         raise ValueError(f"tiles_per_image must not be negative, got {images}")
     if sum(images) != tiles:
@@ -340,8 +356,9 @@ def plan_routing(
     _check_policy(policy)
     if not isinstance(p, Tensor):
         raise TypeError(f"p must be a tensor of shape [tiles], got {type(p).__name__}")
+    _check_vector(p)
     tokens = _checked_tokens(tokens)
-    tiles = p.shape[0] if p.dim() else 0
+    tiles = p.shape[0]
     images = None if tiles_per_image is None else _checked_images(tiles_per_image, tiles)
     images = _to_device(images, p.device) if images is not None and policy.uses_images else None
     compress = decide(p, policy, images, tokens)
@@ -358,8 +375,7 @@ def decide(p: Tensor, policy: RoutingPolicy, tiles_per_image: Tensor | None, tok
         tokens: visual tokens of a whole and of a compressed tile.
     """
     _check_policy(policy)
-    if p.dim() != 1 or not p.is_floating_point():
-        raise ValueError(f"p must be a floating tensor of shape [tiles], got {p.dtype} of shape {list(p.shape)}")
+    _check_vector(p)
     compress = policy.compress(functional.checked_probabilities(p), tiles_per_image, tokens)
     if not isinstance(compress, Tensor) or compress.dtype != torch.bool or compress.shape != p.shape:
         got = f"{compress.dtype} of shape {list(compress.shape)}" if isinstance(compress, Tensor) else repr(compress)

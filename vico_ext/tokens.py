@@ -229,6 +229,7 @@ def merge_visual_tokens(
     Raises:
         ValueError: the shapes of ``inputs_embeds`` or ``visual_tokens`` do not fit ``input_ids`` or ``plan``, and
             whatever :func:`compress_sequence` raises.
+        RuntimeError: their widths H differ, or dtypes or devices do not fit.
     """
     _check_arguments(input_ids, plan, attention_mask, labels, position_ids, padding_side)
     if inputs_embeds.shape[:-1] != input_ids.shape or inputs_embeds.dim() != input_ids.dim() + 1:

@@ -1,6 +1,8 @@
 // The checks and the geometry that the doors of pixel_shuffle and normalized_shuffle share.
 #pragma once
 
+#include <limits>
+
 #include "common/door.h"
 #include "common/shuffle.h"
 #include "common/tile_map.h"
@@ -13,9 +15,13 @@ struct GridArgs {
   bool transposed;
 };
 
+// What passes here can be multiplied and added without overflow: skip + grid_h * grid_w is the number it looks like.
 inline void check_grid(const GridArgs& g, const char* op) {
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   VICO_CHECK(g.rate >= 1, op, "rate must be at least 1, got ", g.rate);
-  VICO_CHECK(g.skip >= 0, op, "skip must not be negative, got ", g.skip);
+  VICO_CHECK(g.skip >= 0 && g.skip <= kLargest, op, "skip must lie in [0, ", kLargest, "], got ", g.skip);
+  VICO_CHECK(g.grid_h <= kLargest && g.grid_w <= kLargest, op, "the grid must have at most ", kLargest,
+             " rows and columns, got ", g.grid_h, " x ", g.grid_w);
   VICO_CHECK(g.grid_h > 0 && g.grid_w > 0 && g.grid_h % g.rate == 0 && g.grid_w % g.rate == 0, op,
              "the grid must be divisible by the rate, got a grid of ", g.grid_h, " x ", g.grid_w, " tokens at rate ",
              g.rate);

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -128,6 +129,15 @@ inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, c
   std::ostringstream exact;
   for (int64_t size : shape) exact << (exact.tellp() > 0 ? ", " : "") << (size < 0 ? "*" : std::to_string(size));
   detail::fail(op, name, " must have shape ", wanted, " = [", exact.str(), "], got ", shape_string(t));
+}
+
+// Tokens of a whole and of a compressed tile, for `tiles` tiles whose tokens can be counted.
+inline void check_tile_tokens(int64_t full_tokens, int64_t compressed_tokens, int64_t tiles, const char* op) {
+  VICO_CHECK(full_tokens > compressed_tokens && compressed_tokens > 0, op,
+             "tokens of a whole tile must exceed those of a compressed one, and both be positive, got ", full_tokens,
+             " and ", compressed_tokens);
+  VICO_CHECK(tiles == 0 || full_tokens <= std::numeric_limits<int64_t>::max() / tiles, op, tiles, " tiles of ",
+             full_tokens, " tokens are more than can be counted");
 }
 
 inline Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -47,9 +47,7 @@ std::tuple<Tensor, Tensor> keep_placeholders_op(const Tensor& input_ids_in, cons
   check_device(compress_in, input_ids, "compress", "input_ids", kOp);
   check_dtype(compress_in, ScalarType::Bool, "compress", "bool", kOp);
   check_shape(compress_in, {-1}, "compress", "[tiles]", kOp);
-  VICO_CHECK(full_tokens > compressed_tokens && compressed_tokens > 0, kOp,
-             "tokens of a whole tile must exceed those of a compressed one, and both be positive, got ", full_tokens,
-             " and ", compressed_tokens);
+  check_tile_tokens(full_tokens, compressed_tokens, compress_in.numel(), kOp);
   const Tensor compress = to_contiguous(compress_in);
   const int64_t rows = input_ids.size(0), length = input_ids.size(1), tiles = compress.numel();
   Tensor keep = make_tensor(input_ids, {rows, length}, ScalarType::Bool);

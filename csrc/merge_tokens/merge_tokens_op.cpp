@@ -79,6 +79,8 @@ std::tuple<Tensor, Tensor> merge_tokens_backward_op(const Tensor& grad_out_in, c
   check_shape(grad_out_in, {-1, -1}, "grad_out", "[output rows, hidden]", kOp);
   VICO_CHECK(embed_rows >= 0 && token_rows >= 0, kOp, "embed_rows and token_rows must not be negative, got ",
              embed_rows, " and ", token_rows);
+  VICO_CHECK(embed_rows <= std::numeric_limits<int64_t>::max() - token_rows, kOp,
+             "embed_rows and token_rows are more rows than can be counted, got ", embed_rows, " and ", token_rows);
   const Tensor source =
       checked_index(source_in, grad_out_in, "grad_out", -1, embed_rows + token_rows, "source", "[output rows]", kOp);
   VICO_CHECK(source.numel() == grad_out_in.size(0), kOp, "source must have one entry per row of grad_out (",

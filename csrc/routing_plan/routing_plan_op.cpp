@@ -138,9 +138,7 @@ std::tuple<Tensor, Tensor> plan_tokens_op(const Tensor& compress_in, int64_t ful
   check_kernels(compress_in, kOp);
   check_dtype(compress_in, ScalarType::Bool, "compress", "bool", kOp);
   check_shape(compress_in, {-1}, "compress", "[tiles]", kOp);
-  VICO_CHECK(full_tokens > compressed_tokens && compressed_tokens > 0, kOp,
-             "tokens of a whole tile must exceed those of a compressed one, and both be positive, got ", full_tokens,
-             " and ", compressed_tokens);
+  check_tile_tokens(full_tokens, compressed_tokens, compress_in.numel(), kOp);
   const Tensor compress = to_contiguous(compress_in);
   const int64_t tiles = compress.numel();
   Tensor cu_tokens = make_tensor(compress, {tiles + 1}, ScalarType::Long);

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -59,14 +61,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status.
 
     0: done; 1: some images could not be read, the others were done; 2: nothing useful could be done, and one line on
-    stderr says why; 130: interrupted. As argparse does, ``--help`` and usage errors raise SystemExit.
+    stderr says why; 130: interrupted; 141: whoever read the output stopped reading. As argparse does, ``--help`` and
+    usage errors raise SystemExit.
     """
-    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return int(args.run(args))
+        try:
+            args = _parser().parse_args(argv)
+        except SystemExit:  # after --help, or a usage error
+            print(end="", flush=True)
+            raise
+        return _run(args)
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has enough: no error. What is left to print goes nowhere, or else
+        # Python complains of the closed pipe on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as a program that the signal ends
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        status = int(args.run(args))
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:
         print(f"{args.prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if args.debug:
             raise

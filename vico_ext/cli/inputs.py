@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from vico_ext.cli.errors import CliError
 
 __all__ = ["expand_images", "picture_names"]
+
+_LONGEST_STEM = 200
 
 
 def expand_images(arguments: Sequence[str]) -> list[Path]:
@@ -18,6 +21,8 @@ def expand_images(arguments: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for argument in arguments:
+        if not argument:
+            raise CliError("IMAGE must be a file, a folder or a pattern, got an empty name")
         path = Path(argument)
         if path.is_dir():
             images = sorted(p for p in path.iterdir() if p.suffix.lower() in _suffixes() and p.is_file())
@@ -35,17 +40,25 @@ def expand_images(arguments: Sequence[str]) -> list[Path]:
 
 
 def picture_names(images: Sequence[Path]) -> list[str]:
-    """A file name for each image's picture; equal stems get numbers."""
+    """A file name for each image's picture; equal stems get numbers, and very long ones are cut."""
     taken: set[str] = set()
     names = []
     for image in images:
-        name, number = f"{image.stem}.route.png", 1
+        stem = _cut(image.stem)
+        name, number = f"{stem}.route.png", 1
         while name.lower() in taken:
             number += 1
-            name = f"{image.stem}-{number}.route.png"
+            name = f"{stem}-{number}.route.png"
         taken.add(name.lower())
         names.append(name)
     return names
+
+
+def _cut(stem: str) -> str:
+    """What of a name leaves room, in the 255 bytes of a file system, for an ending and for a temporary name's."""
+    while len(os.fsencode(stem)) > _LONGEST_STEM:
+        stem = stem[:-1]
+    return stem
 
 
 def _suffixes() -> set[str]:

@@ -41,6 +41,9 @@ exit status: 0 done; 1 done, but some images could not be read; 2 not done, one 
 """
 
 
+_MOST_TILES = 1000  # all grids of up to so many tiles are looked at
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder of images, or quoted pattern")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
@@ -49,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("routed"), metavar="DIR", help="output folder (routed)")
     parser.add_argument(
-        "--max-tiles", type=_positive, default=12, metavar="N", help="most tiles of an image's grid (12)"
+        "--max-tiles", type=_max_tiles, default=12, metavar="N", help="most tiles of an image's grid (12)"
     )
     parser.add_argument("--batch-tiles", type=_positive, default=8, metavar="N", help="tiles per run of the ViT (8)")
     parser.add_argument(
@@ -72,6 +75,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _max_tiles(text: str) -> int:
+    value = _positive(text)
+    if value > _MOST_TILES:
+        raise argparse.ArgumentTypeError(f"expected at most {_MOST_TILES} tiles, got '{text}'")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     require("PIL", "transformers", "tqdm")
     import torch
@@ -83,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     from vico_ext.cli.visual_side import VisualSide
 
     logging.set_verbosity_error()
+    if args.out.exists() and not args.out.is_dir():
+        raise CliError(f"--out must be a folder, {args.out} is a file")
     files = expand_images(args.images)
     model = VisualSide.load(args.model, None if args.dtype == "checkpoint" else getattr(torch, args.dtype))
     config = model.config()
@@ -252,4 +264,4 @@ def _print(
         print(note)
     if failed:
         print(f"{len(failed)} of {len(failed) + len(images)} images could not be read, see report.json.")
-    print(f"Pictures and report.json are in {out}")
+    print(f"{'Pictures and report.json are' if images else 'report.json is'} in {out}")

@@ -98,7 +98,9 @@ def pack_tokens(
 
 
 def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
-    """Raises ValueError unless ``plan`` is a plan of the tiles in ``tokens`` [P, has_cls + N, V]."""
+    """Raises TypeError or ValueError unless ``plan`` is a plan of the tiles in ``tokens`` [P, has_cls + N, V]."""
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"plan must be a RoutingPlan (see plan_routing), got {type(plan).__name__}")
     if tokens.dim() != 3:
         raise ValueError(f"tokens must have shape [tiles, tokens, channels], got {list(tokens.shape)}")
     if plan.tiles != tokens.shape[0]:
@@ -112,6 +114,18 @@ def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
         raise ValueError(
             f"the plan gives {plan.tokens[0]} or {plan.tokens[1]} tokens to a tile, but {patches} patch tokens per "
             f"tile make {wanted[0]} or {wanted[1]}: is it the plan of another batch? (plan_routing's tokens={wanted})"
+        )
+
+
+def _check_dtype(tokens: Tensor, weights: Mapping[str, Tensor]) -> None:
+    """Raises TypeError where the norm would take 16-bit tokens, beside wider parameters, and the first Linear not."""
+    wanted = weights["mlp1.1.weight"].dtype
+    if tokens.dtype not in (torch.bfloat16, torch.float16) or tokens.dtype == wanted:
+        return
+    if not torch.is_autocast_enabled(tokens.device.type):
+        raise TypeError(
+            f"tokens must have the dtype of the connector's weights, {wanted}, got {tokens.dtype}: cast the tokens or "
+            "the connector, or use autocast"
         )
 
 
@@ -158,6 +172,7 @@ def connector(
         projections: that of ``tokens``, or autocast's.
 
     Raises:
+        TypeError: ``plan`` is no plan, or 16-bit tokens meet weights of another dtype without autocast.
         ValueError: the plan is not of these tiles, the tokens do not fill the grid, or there is no such projection.
         KeyError: a parameter is missing from ``weights``.
     """
@@ -195,6 +210,7 @@ def connector(
         weight, bias = parameters(name)
         return _cast(x), _cast(weight), bias
 
+    _check_dtype(tokens, weights)
     absent = (None, None, None)
     if plan is None:
         if projection == "torch":
@@ -204,7 +220,8 @@ def connector(
         full, _ = torch.ops.vico.projection(*layer(_FULL[2], full), *absent, False)
         return full
     check_plan(tokens, plan, has_cls)
-    full_tiles, compressed_tiles = plan.order[: plan.full_tiles], plan.order[plan.full_tiles :]
+    # split and not slices: with a number of tiles that torch.compile does not know, these are of that very number.
+    full_tiles, compressed_tiles = plan.order.split([plan.full_tiles, plan.compressed_tiles])
     if projection == "torch":
         full = run(_FULL, 2, full_tiles, 0.0, False)
         compressed = run(_COMPRESSED, 4, compressed_tiles, dropout_p, False)

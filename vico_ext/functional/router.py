@@ -24,7 +24,7 @@ Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def _cast(t: Tensor) -> Tensor:
     """The tensor as torch's own matrix products would take it: cast under autocast, float64 left alone."""
     device = t.device.type
-    if t.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if t.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return t
     return t.to(torch.get_autocast_dtype(device))
 

@@ -12,6 +12,10 @@ def _grid_of(tokens: Tensor, grid: tuple[int, int] | None, has_cls: bool, rate: 
     """The token grid, checked: `grid` itself, or the square that the number of tokens makes."""
     if tokens.dim() != 3:
         raise ValueError(f"tokens must have shape [tiles, tokens, channels], got {list(tokens.shape)}")
+    if rate < 1:
+        raise ValueError(f"rate must be at least 1, got {rate}")
+    if grid is not None and (not isinstance(grid, (tuple, list)) or len(grid) != 2):
+        raise ValueError(f"grid must be two numbers, rows and columns of the token grid, got {grid!r}")
     patches = tokens.shape[1] - int(has_cls)
     if grid is None:
         side = round(patches**0.5)  # not math.isqrt: patches may be symbolic under torch.compile
@@ -26,7 +30,7 @@ def _grid_of(tokens: Tensor, grid: tuple[int, int] | None, has_cls: bool, rate: 
             f"grid {tuple(grid)} needs {grid[0] * grid[1]} tokens per tile{' after the CLS token' if has_cls else ''}, "
             f"got {patches} (shape {list(tokens.shape)})"
         )
-    if grid[0] % rate or grid[1] % rate or not patches:
+    if grid[0] % rate or grid[1] % rate or grid[0] < 1:
         raise ValueError(f"grid {tuple(grid)} must be divisible by the rate {rate} in both directions")
     return grid
 
@@ -63,7 +67,7 @@ def pixel_shuffle(
         ``[M, N / rate^2, rate^2 V]``, contiguous, dtype of ``tokens``.
 
     Raises:
-        ValueError: the tokens do not fill the grid, or the rate does not divide it.
+        ValueError: the tokens do not fill the grid, or the rate, at least 1, does not divide it.
     """
     grid = _grid_of(tokens, grid, has_cls, rate)
     transposed = _is_transposed(ps_version)
@@ -103,7 +107,7 @@ def normalized_shuffle(
         float64), whatever the dtype; under autocast the dtype stays that of ``tokens`` too.
 
     Raises:
-        ValueError: the tokens do not fill the grid, or the rate does not divide it.
+        ValueError: the tokens do not fill the grid, or the rate, at least 1, does not divide it.
     """
     grid = _grid_of(tokens, grid, has_cls, rate)
     transposed = _is_transposed(ps_version)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 __all__ = ["size_on_host"]
@@ -15,4 +17,5 @@ def size_on_host(count: Tensor) -> int:
     and :func:`vico_ext.compress_sequence`, for the longest row (not where ``length`` is given, nor for a single row
     without a mask). Nothing else between the ViT's tokens and ``inputs_embeds`` reads a tensor's values on the host.
     """
-    return int(count)
+    # NOTE: not int(count), which torch.export takes for a number to be known when it traces.
+    return cast(int, count.item())

@@ -112,7 +112,7 @@ class VicoParts(nn.Module):
         ``projector`` is called as the module it is, so that whatever was done to it (LoRA, quantisation, hooks) holds,
         and on the same shape as ever where no tile is compressed, which makes its output the same bits.
         """
-        whole, compressed = plan.order[: plan.full_tiles], plan.order[plan.full_tiles :]
+        whole, compressed = plan.order.split([plan.full_tiles, plan.compressed_tiles])
         # With gradients both run, perhaps on no tile: DistributedDataParallel expects a gradient of every parameter.
         both = torch.is_grad_enabled()
         parts = []

@@ -103,6 +103,7 @@ class FusedConnector(nn.Module):
             plan.cu_tokens[t + 1]. Without, ``[P, N / 4, H]``; ``mlp2`` takes no part then.
 
         Raises:
+            TypeError: ``plan`` is no plan, or 16-bit tokens meet weights of another dtype without autocast.
             ValueError: the plan is not of these tiles, or the tokens do not fill the grid.
         """
         if self._is_fusible():
@@ -123,8 +124,9 @@ class FusedConnector(nn.Module):
         if plan is None:
             return self._run_layers(self.mlp1, vit_tokens, 2, None)
         check_plan(vit_tokens, plan, self.has_cls)
-        full = self._run_layers(self.mlp1, vit_tokens, 2, plan.order[: plan.full_tiles])
-        compressed = self._run_layers(self.mlp2, vit_tokens, 4, plan.order[plan.full_tiles :])
+        full_index, compressed_index = plan.order.split([plan.full_tiles, plan.compressed_tiles])
+        full = self._run_layers(self.mlp1, vit_tokens, 2, full_index)
+        compressed = self._run_layers(self.mlp2, vit_tokens, 4, compressed_index)
         return VF.pack_tokens(full, compressed, plan)
 
     def _is_fusible(self) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vico_ext.ops.second_derivative import refuse_second_derivative
+
 
 @torch.library.register_fake("vico::attention_pool")
 def _(tokens: Tensor, query: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
@@ -45,3 +47,4 @@ def _backward(ctx: Any, grad_context: Tensor, _: Tensor) -> tuple[Tensor | None,
 
 
 torch.library.register_autograd("vico::attention_pool", _backward, setup_context=_setup_context)
+refuse_second_derivative("attention_pool_backward")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vico_ext.ops.second_derivative import refuse_second_derivative
+
 
 @torch.library.register_fake("vico::bias_gelu")
 def _(x: Tensor, bias: Tensor | None = None, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -35,3 +37,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("vico::bias_gelu", _backward, setup_context=_setup_context)
+refuse_second_derivative("bias_gelu_backward")

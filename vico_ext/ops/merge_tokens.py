@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vico_ext.ops.second_derivative import refuse_second_derivative
+
 
 @torch.library.register_fake("vico::merge_tokens")
 def _(embeds: Tensor, tokens: Tensor, source: Tensor) -> Tensor:
@@ -45,3 +47,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("vico::merge_tokens", _backward, setup_context=_setup_context)
+refuse_second_derivative("merge_tokens_backward")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vico_ext.ops.second_derivative import refuse_second_derivative
+
 
 def _sum_dtype(tokens: Tensor) -> torch.dtype:
     return torch.float64 if tokens.dtype == torch.float64 else torch.float32
@@ -79,3 +81,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Ten
 
 
 torch.library.register_autograd("vico::normalized_shuffle", _backward, setup_context=_setup_context)
+refuse_second_derivative("normalized_shuffle_backward")

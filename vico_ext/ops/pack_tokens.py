@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vico_ext.ops.second_derivative import refuse_second_derivative
+
 
 @torch.library.register_fake("vico::pack_tokens")
 def _(
@@ -52,3 +54,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("vico::pack_tokens", _backward, setup_context=_setup_context)
+refuse_second_derivative("pack_tokens_backward")

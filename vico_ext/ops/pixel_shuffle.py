@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vico_ext.ops.second_derivative import refuse_second_derivative
+
 
 @torch.library.register_fake("vico::pixel_shuffle")
 def _(
@@ -51,3 +53,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("vico::pixel_shuffle", _backward, setup_context=_setup_context)
+refuse_second_derivative("pixel_shuffle_backward")
