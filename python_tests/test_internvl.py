@@ -330,6 +330,8 @@ def test_errors_of_inputs(model):
         model(**{**given, "attention_mask": given["attention_mask"][:, :-1]})
     with pytest.raises(ValueError, match=r"must have shape \[tiles, channels, height, width\]"):
         model(**{**given, "pixel_values": given["pixel_values"][None]})
+    with pytest.raises(ValueError, match=r"must hold tiles of 112 x 112 pixels, .* got 56 x 56"):
+        model(**{**given, "pixel_values": given["pixel_values"][:, :, :56, :56]})
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model(pixel_values=given["pixel_values"])
     with pytest.raises(ValueError, match="vision_feature_layer must be -1"):

@@ -264,6 +264,12 @@ def encode(
         raise ValueError(
             f"pixel_values must have shape [tiles, channels, height, width], got {list(pixel_values.shape)}"
         )
+    side = list(model.config.vision_config.image_size)
+    if list(pixel_values.shape[2:]) != side:
+        raise ValueError(
+            f"pixel_values must hold tiles of {side[0]} x {side[1]} pixels, for which this model's connectors are, got "
+            f"{pixel_values.shape[2]} x {pixel_values.shape[3]}: set the size of the image processor"
+        )
     if input_ids is None:
         if inputs_embeds is None:
             raise ValueError("pixel_values need input_ids or inputs_embeds beside them, got neither")
