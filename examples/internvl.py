@@ -60,7 +60,6 @@ def real(args: argparse.Namespace, policy: vico_ext.RoutingPolicy) -> tuple[Any,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        images_kwargs={"crop_to_patches": True},
     )
     return model, inputs.to(model.device, dtype=model.dtype), processor
 

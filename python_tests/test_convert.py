@@ -169,6 +169,37 @@ def test_a_patched_model_that_was_saved_becomes_a_released_checkpoint(released, 
     assert vico_ext.load_internvl(tmp_path / "again").config.image_seq_length == 16
 
 
+def test_settings_of_a_saved_model_in_the_released_names(tmp_path):
+    """rope_theta is what transformers 4 reads, for which the custom code is; 5 saves rope_parameters alone."""
+    model = vico_ext.patch_internvl(tiny_model("qwen3", dtype=torch.bfloat16), tiny_flash())
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    language = config["text_config"]
+    language.get("rope_parameters", language)["rope_theta"] = 5e6
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(tmp_path / "saved", tmp_path / "back")
+    released = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert released["llm_config"]["rope_theta"] == 5e6
+    assert "rope_parameters" not in released["llm_config"]
+    assert released["torch_dtype"] == "bfloat16"
+    convert_checkpoint(tmp_path / "back", tmp_path / "again", image_token_id=IMAGE)
+    loaded = vico_ext.load_internvl(tmp_path / "again", dtype=torch.bfloat16)
+    text = loaded.config.text_config
+    assert (getattr(text, "rope_parameters", None) or {"rope_theta": text.rope_theta})["rope_theta"] == 5e6
+
+
+def test_what_the_target_holds(released, tmp_path):
+    source, _, _ = released
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"already holds config\.json, which would be replaced"):
+        convert_checkpoint(source, tmp_path / "own")
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["config.json"]
+    for size in ("60KB", "150KB", "1GB"):
+        convert_checkpoint(source, tmp_path / "hf", max_shard_size=size, overwrite=True)
+        assert set(CheckpointFiles(tmp_path / "hf").files) == set((tmp_path / "hf").glob("*.safetensors"))
+
+
 RUN = """
 import sys, time
 from vico_ext.checkpoint import convert_checkpoint
@@ -289,6 +320,10 @@ def test_errors(released, tmp_path):
     write_sharded(tmp_path / "odd", {**tensors, "audio.weight": torch.zeros(1)}, config, 1)
     with pytest.raises(FlashCheckpointError, match=r"audio\.weight: the other layout has no place for it"):
         convert_checkpoint(tmp_path / "odd", tmp_path / "a")
+    part = {n: t for n, t in tensors.items() if n != "mlp2.4.weight" and "attn2.in_proj_bias" not in n}
+    write_sharded(tmp_path / "part", part, config, 1)
+    with pytest.raises(FlashCheckpointError, match=r"4 problems:(.|\n)*nothing to make model\.mlp2\.dense2\.weight of"):
+        convert_checkpoint(tmp_path / "part", tmp_path / "a")
     for change, text in (
         ({"llm_config": {"model_type": "internlm2"}}, "language model is 'internlm2'"),
         ({"ps_version": "v1"}, "ps_version is 'v1'"),

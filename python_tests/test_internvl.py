@@ -125,6 +125,15 @@ def test_embeddings_instead_of_ids(model):
         torch.testing.assert_close(got[b, -1], want[b, -1], rtol=1e-5, atol=2e-6)
 
 
+def test_other_dtypes_of_ids_and_masks(model):
+    vico_ext.patch_internvl(model, tiny_flash(), Decide(*MIXED))
+    given = inputs(*BATCH)
+    want = logits(model, given)
+    assert torch.equal(logits(model, {**given, "input_ids": given["input_ids"].int()}), want)
+    for dtype in (torch.bool, torch.int32, torch.float32):
+        assert torch.equal(logits(model, {**given, "attention_mask": given["attention_mask"].to(dtype)}), want)
+
+
 def test_text_only_calls_and_image_features_are_untouched(model):
     given = batch(row(seed=1), row(seed=2, text=9))
     tiles = pixels(2)
@@ -312,7 +321,7 @@ def test_errors_of_inputs(model):
     given = inputs((2,))
     short = {**given, "pixel_values": given["pixel_values"][:1]}
     with pytest.raises(
-        ValueError, match=r"hold 1 tiles, each of which needs 16 consecutive placeholders .*(have|got) 32"
+        ValueError, match=r"hold 1 tiles, each of which needs 16 consecutive placeholders .* have 32 placeholders"
     ):
         model(**short)
     with pytest.raises(ValueError, match="images and prompt do not match"):
@@ -321,12 +330,16 @@ def test_errors_of_inputs(model):
         model(**{**given, "attention_mask": given["attention_mask"][:, :-1]})
     with pytest.raises(ValueError, match=r"must have shape \[tiles, channels, height, width\]"):
         model(**{**given, "pixel_values": given["pixel_values"][None]})
+    with pytest.raises(ValueError, match=r"must hold tiles of 112 x 112 pixels, .* got 56 x 56"):
+        model(**{**given, "pixel_values": given["pixel_values"][:, :, :56, :56]})
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model(pixel_values=given["pixel_values"])
     with pytest.raises(ValueError, match="vision_feature_layer must be -1"):
         model(**given, vision_feature_layer=-2)
     with pytest.raises(ValueError, match="logits_to_keep counts positions"):
         model(**given, logits_to_keep=torch.tensor([3]))
+    with pytest.raises(ValueError, match="hold 0 tiles and the prompt has placeholders"):
+        model(**{**given, "pixel_values": given["pixel_values"][:0]})
     filled = model(**given, use_cache=True).past_key_values
     two = inputs((1,), (1,))
     with pytest.raises(ValueError, match="for one row only"):
@@ -354,8 +367,15 @@ def test_errors_of_patching(tmp_path):
         vico_ext.patch_internvl(model, model.state_dict())
     with pytest.raises(vico_ext.FlashCheckpointError):
         vico_ext.patch_internvl(model, tmp_path / "nothing")
+    for flash in (None, tiny_flash()):
+        with pytest.raises(
+            ValueError, match=r"no weights in memory .* keep model.multi_modal_projector out of what is off"
+        ):
+            vico_ext.patch_internvl(copy.deepcopy(model).to("meta"), flash)
     assert not hasattr(model.model, "vico")
     assert "forward" not in model.__dict__
+    with pytest.raises(RuntimeError, match=r"nn.DataParallel cannot copy a patched InternVL.* one process per GPU"):
+        vico_ext.patch_internvl(tiny_model()).model.vico._replicate_for_data_parallel()
     for change, text in (
         ({"vision_feature_layer": -2}, "last layer"),
         ({"downsample_ratio": 1.0}, "2 x 2"),

@@ -12,7 +12,13 @@ from torch import Tensor
 import vico_ext
 
 transformers = pytest.importorskip("transformers")
-from transformers import DynamicCache, GenerationConfig, StaticCache  # noqa: E402
+from transformers import (  # noqa: E402
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteriaList,
+)
 
 MIXED = [True, False, False, True, True, False, True, False]
 BATCH = ((2, 1), (3,), (), (1, 1))
@@ -154,6 +160,10 @@ def test_least_lengths_count_the_users_prompt():
     assert run(model, given, do_sample=False, max_new_tokens=9, min_length=length + 4).shape[1] == length + 5
     assert run(model, given, do_sample=False, max_new_tokens=9, min_new_tokens=4).shape[1] == length + 5
     assert run(model, given, do_sample=False, max_new_tokens=9, min_length=length - 4).shape[1] == length + 1
+    model.generation_config.min_length = length - 4  # more than the compressed prompt has
+    assert run(model, given, do_sample=False, max_new_tokens=9).shape[1] == length + 1
+    own = GenerationConfig(do_sample=False, max_new_tokens=9, eos_token_id=0, pad_token_id=PAD)
+    assert run(model, given, generation_config=own).shape[1] == length + 1
 
 
 def test_default_length_is_new_tokens():
@@ -162,6 +172,43 @@ def test_default_length_is_new_tokens():
     want = run(model, given, do_sample=False).shape
     vico_ext.patch_internvl(model, policy=ALL)
     assert run(model, given, do_sample=False).shape == want
+
+
+@pytest.mark.parametrize(
+    "how", [GREEDY, {**SAMPLING, "num_return_sequences": 2}, BEAMS], ids=["greedy", "two", "beams"]
+)
+def test_code_of_the_callers_sees_the_prompt_that_was_passed(how):
+    """Stopping criteria and the like count and cut by its length."""
+    model, given = vico_ext.patch_internvl(tiny_model(), tiny_flash(), Decide(*MIXED)), inputs(*BATCH)
+    model.generation_config.eos_token_id = None
+    length, seen = given["input_ids"].shape[1], []
+    rows = 4 * how.get("num_return_sequences", 1)  # that prefix_allowed_tokens_fn has numbers of
+
+    def begins(ids: Tensor) -> bool:
+        return torch.equal(ids[:, :length], given["input_ids"].repeat_interleave(len(ids) // 4, 0))
+
+    def looks(ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append("processor")
+        assert begins(ids)
+        return scores
+
+    def stops(ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        seen.append("criterion")
+        assert begins(ids)
+        return torch.full((len(ids),), ids.shape[1] >= length + 4)
+
+    def allows(row: int, ids: Tensor) -> list[int]:
+        seen.append("allowed")
+        assert torch.equal(ids[:length], given["input_ids"][row * 4 // rows])
+        return list(range(20, 40))
+
+    got = run(
+        model, given, **how, logits_processor=LogitsProcessorList([looks]), prefix_allowed_tokens_fn=allows,
+        stopping_criteria=StoppingCriteriaList([stops]),
+    )  # fmt: skip
+    assert set(seen) == {"processor", "criterion", "allowed"}
+    assert got.shape[1] == length + 4
+    assert ((got[:, length:] >= 20) & (got[:, length:] < 40)).all()
 
 
 class Heard:
@@ -263,6 +310,24 @@ def test_a_batch_goes_on_without_new_images_and_is_refused_with():
         run(model, {**whole, "pixel_values": pixels(1)}, **GREEDY, past_key_values=one.past_key_values)
 
 
+def test_a_cache_of_several_sequences_goes_on_and_one_of_beams_is_refused():
+    model, given = vico_ext.patch_internvl(tiny_model(), tiny_flash(), Decide(True, False)), inputs((2,))
+    model.generation_config.eos_token_id = None
+    dictionary = {"return_dict_in_generate": True}
+    one = run(model, given, **SAMPLING, num_return_sequences=2, **dictionary)
+    longer = torch.cat([one.sequences, torch.tensor([row(seed=8)] * 2)], 1)
+    whole = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    got = run(model, whole, **GREEDY, past_key_values=one.past_key_values, **dictionary, output_logits=True)
+    model.model.vico.policy = Decide(True, False, True, False)
+    twice = {**whole, "pixel_values": given["pixel_values"].repeat(2, 1, 1, 1)}
+    same(got, run(model, twice, **GREEDY, **dictionary, output_logits=True))
+    model.model.vico.policy = Decide(True, False)
+    beams = run(model, given, **BEAMS, **dictionary)
+    longer = torch.cat([beams.sequences, torch.tensor([row(seed=8)])], 1)
+    with pytest.raises(ValueError, match="beam search, whose beams are not the sequences returned"):
+        model.generate(longer, past_key_values=beams.past_key_values, **GREEDY)
+
+
 def test_a_static_cache_of_ones_own():
     model = vico_ext.patch_internvl(tiny_model(), tiny_flash(), ALL)
     given = inputs((2,))
@@ -299,4 +364,6 @@ def test_other_errors():
         model.generate(**given, inputs_embeds=embeds)
     with pytest.raises(ValueError, match="not used by the model: \\['nonsense'\\]"):
         model.generate(**given, nonsense=1)
+    with pytest.raises(ValueError, match="hold 0 tiles and the prompt has placeholders"):
+        model.generate(**{**given, "pixel_values": given["pixel_values"][:0]})
     assert EOS != PAD

@@ -100,7 +100,7 @@ def released_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         made = {
             "architectures": ["InternVLChatModel"],
             "model_type": "internvl_chat",
-            "llm_config": copy.deepcopy(language),
+            "llm_config": _with_rope_theta(language),
             "vision_config": {"model_type": "intern_vit_6b", "architectures": ["InternVisionModel"]},
             "ps_version": "v2",
             "select_layer": -1,
@@ -117,8 +117,25 @@ def released_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             made["vision_config"][old] = value
     made["llm_config"].update({name: value for name, value in language.items() if name in made["llm_config"]})
     made.update({name: value for name, value in config.items() if name.startswith("flash_")})
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype and ("torch_dtype" in made or not config.get(_KEPT)):
+        made["torch_dtype"] = dtype
     if not config.get(_KEPT):
         made["force_image_size"] = made["vision_config"].get("image_size", 448)
+    return made
+
+
+def _with_rope_theta(language: dict[str, Any]) -> dict[str, Any]:
+    """The language model's section under the names of transformers 4, for which the custom code is written.
+
+    transformers 5 has ``rope_parameters``, which 4 does not know: it would take its default for ``rope_theta``.
+    """
+    made = copy.deepcopy(language)
+    rope = made.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        del made["rope_parameters"]
+        made["rope_theta"] = rope.pop("rope_theta")
+        made["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     return made
 
 

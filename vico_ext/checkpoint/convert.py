@@ -16,8 +16,15 @@ from torch import Tensor
 
 from vico_ext._files import replacing, sync_folder
 from vico_ext.checkpoint import configs
-from vico_ext.checkpoint.files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, CheckpointFiles, FlashCheckpointError
-from vico_ext.checkpoint.keys import is_flash_only, root_name
+from vico_ext.checkpoint.files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    CheckpointFiles,
+    FlashCheckpointError,
+    read_json,
+)
+from vico_ext.checkpoint.keys import CONNECTOR, HF_PREFIX, ROUTER, is_flash_only, root_name
 from vico_ext.checkpoint.layouts import Piece, is_released, to_hf, to_released
 from vico_ext.checkpoint.save import size_in_bytes
 
@@ -71,14 +78,14 @@ def convert_checkpoint(
         to: "hf" or "released"; by default the layout that ``source`` does not have.
         image_token_id: the id of ``<IMG_CONTEXT>``, where no tokenizer file of ``source`` says it.
         max_shard_size: bytes, or "500MB", "5GB"; by default the size of the source's largest file.
-        overwrite: replace a checkpoint that ``target`` already holds.
+        overwrite: replace a checkpoint that ``target`` already holds, all its shards, and other files of equal names.
         progress: called with a line about each shard.
 
     Raises:
         FlashCheckpointError: ``source`` is no whole Flash checkpoint, or has tensors or settings that the other layout
             has no place for; each is named. Or a written tensor is not what it was made of.
         ValueError: an argument is not as above.
-        FileExistsError: ``target`` holds a checkpoint and ``overwrite`` is False.
+        FileExistsError: ``target`` holds a checkpoint, or files that would be replaced, and ``overwrite`` is False.
     """
     source, target = Path(source), Path(target)
     files = CheckpointFiles(source)
@@ -113,6 +120,10 @@ def _checked_plan(files: CheckpointFiles, to: str) -> dict[str, list[Piece]]:
     problems = [f"{name}: the other layout has no place for it" for name in unknown]
     if not any(is_flash_only(root) for name in files.names if (root := root_name(name))):
         problems.append("this is not a Flash checkpoint: it has no second connector and no router (mlp2, gating)")
+    else:
+        for key in (*CONNECTOR, *ROUTER):
+            names = [HF_PREFIX + name for name in key.hf[0]] if to == "hf" else [key.released]
+            problems += [f"incomplete: nothing to make {name} of" for name in names if name not in made]
     for name, pieces in made.items():
         for piece in pieces:
             shape, _ = files.describe(piece.name)
@@ -165,6 +176,12 @@ class _Job:
             raise FileExistsError(
                 f"{target} already holds a checkpoint ({held[0]}): choose another folder, or overwrite"
             )
+        if not overwrite and not ours:
+            mine = [name for name in (*self.shards, CONFIG_NAME, *self._copied()) if (target / name).exists()]
+            if mine:
+                raise FileExistsError(
+                    f"{target} already holds {mine[0]}, which would be replaced: choose another folder, or overwrite"
+                )
         if stage.exists() and not ours:
             shutil.rmtree(stage)
         stage.mkdir(parents=True, exist_ok=True)
@@ -222,11 +239,9 @@ class _Job:
 
     def _beside(self, stage: Path) -> str:
         """Everything but the tensors; returns the name of the file that makes a checkpoint of it all."""
-        for path in sorted(self.files.folder.iterdir()):
-            name = path.name
-            if path.is_file() and not name.startswith(".") and not name.endswith((*_NOT_COPIED, ".py", INDEX_NAME)):
-                with replacing(stage / name) as temporary:
-                    shutil.copyfile(path, temporary)
+        for name in self._copied():
+            with replacing(stage / name) as temporary:
+                shutil.copyfile(self.files.folder / name, temporary)
         with replacing(stage / CONFIG_NAME) as temporary:
             temporary.write_text(configs.json_text(self.config), encoding="utf-8")
         if SINGLE_NAME in self.shards:
@@ -237,11 +252,29 @@ class _Job:
             temporary.write_text(configs.json_text(index), encoding="utf-8")
         return INDEX_NAME
 
+    def _copied(self) -> list[str]:
+        """Files of the source that go along as they are: tokenizer, licence and the like."""
+        files = sorted(path.name for path in self.files.folder.iterdir() if path.is_file())
+        not_copied = (*_NOT_COPIED, ".py", INDEX_NAME)
+        return [name for name in files if not name.startswith(".") and not name.endswith(not_copied)]
+
+    def _replaced_shards(self) -> list[Path]:
+        """Shards of the checkpoint that the target holds, of which the new one has no shard of that name."""
+        try:
+            names = set(read_json(self.target / INDEX_NAME).get("weight_map", {}).values())
+        except (FlashCheckpointError, AttributeError, TypeError):
+            return []  # an index that nobody can read names no shards: it is to be replaced
+        plain = (n for n in names if isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors"))
+        return [self.target / name for name in plain if name not in self.shards]
+
     def _take_places(self, stage: Path, held: list[str], last: str) -> None:
         names = sorted(path.name for path in stage.iterdir() if path.name not in (last, _PLAN))
         if (stage / last).exists():  # else an earlier run got as far as this
+            old = self._replaced_shards() if INDEX_NAME in held else []
             for name in held:
                 (self.target / name).unlink()
+            for path in old:
+                path.unlink(missing_ok=True)
             sync_folder(self.target)
         for name in names:
             os.replace(stage / name, self.target / name)

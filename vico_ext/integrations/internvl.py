@@ -25,6 +25,7 @@ from vico_ext.integrations.internvl_visual import (
     VicoParts,
     cache_of,
     check_flash,
+    check_no_placeholders,
     check_policy,
     encode,
     policy_of,
@@ -62,7 +63,8 @@ def patch_internvl(
 
     Raises:
         TypeError: ``model`` is no InternVLForConditionalGeneration.
-        ValueError: it is patched already, or of another size than ``flash``, or reads other ViT features than ViCO.
+        ValueError: it is patched already, of another size than ``flash``, reads other ViT features than ViCO, or its
+            projector is offloaded.
         FlashCheckpointError: ``flash`` is no Flash checkpoint.
         ImportError: transformers is missing or older than 4.57.
     """
@@ -85,10 +87,16 @@ def patch_internvl(
             )
         connector, router, mlp1 = weights.connector_module(), weights.router_module(), weights.connector
     saved_config = config.__dict__.get("vico")
+    like = inner.multi_modal_projector.layer_norm.weight
+    if like.is_meta:
+        raise ValueError(
+            "multi_modal_projector has no weights in memory (device 'meta'): patch the model once they are loaded, and "
+            "keep model.multi_modal_projector out of what is offloaded (device_map), beside which ViCO's parts stay"
+        )
     replaced = _replace_projector(inner.multi_modal_projector, mlp1)  # may refuse, and nothing else may from here on
     parts = VicoParts(connector.mlp2, router, policy, config)
     parts.saved = {"config": saved_config, "projector": replaced}
-    inner.vico = parts.to(inner.multi_modal_projector.layer_norm.weight).train(model.training)
+    inner.vico = parts.to(like).train(model.training)
     model.forward = _Replacement(model, "forward", _forward)
     model.generate = _Replacement(model, "generate", generate)
     model.vico_report = functools.partial(_report, model)
@@ -251,6 +259,8 @@ def _forward(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     named = {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
     pixel_values = named.pop("pixel_values", None)
     if pixel_values is None or len(pixel_values) == 0:
+        if pixel_values is not None:
+            check_no_placeholders(model, named.get("input_ids"))
         return original(**named)
     if named.get("mm_encoder_outputs") is not None:
         raise ValueError("pass pixel_values or mm_encoder_outputs, not both")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico_ext.integrations.internvl_visual import NO_ROWS_APART, Encoded, cache_of, encode
+from vico_ext.integrations.internvl_visual import NO_ROWS_APART, Encoded, cache_of, check_no_placeholders, encode
 
 __all__ = ["UNKNOWN_PROMPT", "CompressedPrompt", "generate"]
 
@@ -58,8 +58,20 @@ class CompressedPrompt:
     input_ids: Tensor
     attention_mask: Tensor
 
+    def begin(self, sequences: Tensor) -> Tensor:
+        """sequences ``[n B, L' + new]`` with the user's prompts in front of what is new, ``[n B, L + new]``."""
+        start = self.original.repeat_interleave(sequences.shape[0] // self.original.shape[0], 0)
+        return torch.cat([start.to(sequences), sequences[:, self.input_ids.shape[1] :]], 1)
 
-# In place of a CompressedPrompt where nobody knows what the cache's positions stand for.
+    def repeated(self, times: int) -> CompressedPrompt:
+        """Each row so many times, as generate repeats the rows of a cache."""
+        if times == 1:
+            return self
+        tensors = (self.original, self.input_ids, self.attention_mask)
+        return CompressedPrompt(*(tensor.repeat_interleave(times, 0) for tensor in tensors))
+
+
+# In place of a CompressedPrompt where the prompt's ids do not say what the cache's positions stand for.
 UNKNOWN_PROMPT: Any = "unknown"
 
 
@@ -71,13 +83,15 @@ def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
     earlier: CompressedPrompt | None = getattr(cache, "vico_prompt", None)
     if isinstance(earlier, str):  # UNKNOWN_PROMPT, perhaps a copy of it
         raise ValueError(
-            "this cache (past_key_values) was filled from compressed prompts by several calls of the model itself, so "
-            "that generate cannot tell which of the prompt's ids it holds: go on calling the model, or pass the whole "
-            "conversation without a cache"
+            "this cache (past_key_values) was filled from compressed prompts by several calls of the model itself, or "
+            "by beam search, whose beams are not the sequences returned: generate cannot tell which of the prompt's "
+            "ids it holds. Go on calling the model, or pass the whole conversation without a cache"
         )
     pixel_values = named.pop("pixel_values", None)
     has_images = pixel_values is not None and len(pixel_values) > 0
     if not has_images and earlier is None:
+        if pixel_values is not None and cache is None:
+            check_no_placeholders(model, named.get("input_ids", named.get("inputs")))
         return original(*args, **kwargs)
 
     settings = _Settings(model, named)
@@ -116,19 +130,19 @@ def generate(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
         return original(**named)
 
     named["input_ids"] = prompt.input_ids
-    if named.get("streamer") is not None:
-        named["streamer"] = _Streamer(named["streamer"], ids)
+    beams = (settings.get("num_beams") or 1) > 1
+    _show_whole_prompt(named, prompt, 1 if beams else settings.get("num_return_sequences") or 1)
     output = original(**named)
     sequences = output if isinstance(output, Tensor) else output.sequences
-    start = ids.repeat_interleave(sequences.shape[0] // rows, 0)
-    whole = torch.cat([start.to(sequences), sequences[:, prompt.input_ids.shape[1] :]], 1)
+    whole = prompt.begin(sequences)
+    left = UNKNOWN_PROMPT if beams else prompt.repeated(sequences.shape[0] // rows)
     if cache is not None:
-        cache.vico_prompt = prompt
+        cache.vico_prompt = left
     if isinstance(output, Tensor):
         return whole
     returned = cache_of(output)
     if returned is not None:
-        returned.vico_prompt = prompt
+        returned.vico_prompt = left
     output.sequences = whole
     return output
 
@@ -199,6 +213,40 @@ def _known_length(ids: Tensor, earlier: CompressedPrompt) -> int:
     return known
 
 
+def _show_whole_prompt(named: dict[str, Any], prompt: CompressedPrompt, copies: int) -> None:
+    """Has the caller's own code, which counts from the prompt that it passed, see that prompt.
+
+    ``copies`` is how many rows each prompt has for ``prefix_allowed_tokens_fn``, which is told a row's number.
+    """
+    if named.get("streamer") is not None:
+        named["streamer"] = _Streamer(named["streamer"], prompt.original)
+    for name, wrapper in (("logits_processor", _Processor), ("stopping_criteria", _Criterion)):
+        if named.get(name) is not None:
+            named[name] = type(named[name])(wrapper(function, prompt) for function in named[name])
+    allowed = named.get("prefix_allowed_tokens_fn")
+    if allowed is not None:
+        named["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, torch.cat([prompt.original[row // copies].to(ids), ids[prompt.input_ids.shape[1] :]])
+        )
+
+
+class _Processor:
+    """A logits processor of the caller's, which sees the user's prompts."""
+
+    def __init__(self, function: Callable[..., Any], prompt: CompressedPrompt) -> None:
+        self.function, self.prompt = function, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:  # with more parameters, lists of them ask for more
+        return self.function(self.prompt.begin(input_ids), scores)
+
+
+class _Criterion(_Processor):
+    """A stopping criterion of the caller's, which sees the user's prompts."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return self.function(self.prompt.begin(input_ids), scores, **kwargs)
+
+
 class _Streamer:
     """Shows a streamer the user's prompt first instead of the compressed one."""
 
@@ -267,7 +315,8 @@ class _Settings:
                         f"max_length is {value}, but the prompt has {length} tokens already (as passed, before "
                         "compression): increase max_length, or set max_new_tokens instead"
                     )
-                self._set(new, max(value - length, 0) or None)
+                # 0 too: a number of new tokens goes before a total length that the model's own configuration keeps.
+                self._set(new, max(value - length, 0))
             self.named.pop(total, None)
             if self.named.get("generation_config") is not None:
                 self._set(total, getattr(self.defaults, total))

@@ -93,7 +93,7 @@ class Placeholders:
                 compressed_tokens=self.tokens[1],
             )
         except RuntimeError as error:
-            raise ValueError(f"{self._mismatch()} ({error})") from error
+            raise self._mismatch() from error
 
     def sizes(self, compress: Tensor, policy: RoutingPolicy, mask: Tensor | None) -> tuple[int, int, bool]:
         """The number of compressed tiles, L', and whether the batch is padded on the left: one host sync, or none.
@@ -118,15 +118,15 @@ class Placeholders:
         # ---- the host sync ----
         matches, count, new_length, is_left = torch.stack([self.matches, compress.sum(), longest, left]).tolist()
         if not matches:
-            found = int(self.visual.sum())
-            raise ValueError(f"{self._mismatch()} (the prompts have {found} placeholders)")
+            raise self._mismatch()
         return count, new_length, bool(is_left)
 
-    def _mismatch(self) -> str:
-        return (
+    def _mismatch(self) -> ValueError:
+        return ValueError(
             f"images and prompt do not match: pixel_values hold {self.tiles} tiles, each of which needs "
             f"{self.tokens[0]} consecutive placeholders (image_token_id) in one row. Pass ids and pixel values of one "
-            "processor call, uncompressed; with a filled cache only the tiles of what is new."
+            "processor call, uncompressed; with a filled cache only the tiles of what is new. (The prompts have "
+            f"{int(self.visual.sum())} placeholders.)"
         )
 
 

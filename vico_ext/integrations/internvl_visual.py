@@ -26,7 +26,17 @@ from vico_ext.routing import (
 )
 from vico_ext.tokens import CompressedSequence, compress_sequence
 
-__all__ = ["NO_ROWS_APART", "Encoded", "VicoParts", "cache_of", "check_flash", "check_policy", "encode", "policy_of"]
+__all__ = [
+    "NO_ROWS_APART",
+    "Encoded",
+    "VicoParts",
+    "cache_of",
+    "check_flash",
+    "check_no_placeholders",
+    "check_policy",
+    "encode",
+    "policy_of",
+]
 
 NO_ROWS_APART = (
     "new images with a filled cache (past_key_values) work for one row only: compression gives rows different lengths, "
@@ -82,6 +92,13 @@ class VicoParts(nn.Module):
         super().train(mode)
         self.router.eval()
         return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # A replica keeps the patched forward of the model that it was copied from, which runs that model instead.
+        raise RuntimeError(
+            "nn.DataParallel cannot copy a patched InternVL, and would cut pixel_values elsewhere than prompts: run "
+            "one process per GPU (torchrun, accelerate launch), or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
+        )
 
     @torch.no_grad()
     def probabilities(self, vit_tokens: Tensor) -> Tensor:
@@ -145,6 +162,16 @@ def check_policy(policy: Any) -> None:
     """Raises a TypeError for what is no policy."""
     if not isinstance(policy, RoutingPolicy):
         raise TypeError(f"policy must be a RoutingPolicy such as ThresholdPolicy(), got {policy!r}")
+
+
+def check_no_placeholders(model: Any, input_ids: Tensor | None) -> None:
+    """Raises a ValueError for a prompt with placeholders beside pixel values of no tile; one host sync."""
+    if input_ids is not None and bool((input_ids == model.config.image_token_id).any()):
+        raise ValueError(
+            "images and prompt do not match: pixel_values hold 0 tiles and the prompt has placeholders "
+            "(image_token_id). Pass ids and pixel values of one processor call; with a filled cache the ids of what is "
+            "new."
+        )
 
 
 def policy_of(config: Any) -> RoutingPolicy | None:
@@ -237,12 +264,19 @@ def encode(
         raise ValueError(
             f"pixel_values must have shape [tiles, channels, height, width], got {list(pixel_values.shape)}"
         )
+    side = list(model.config.vision_config.image_size)
+    if list(pixel_values.shape[2:]) != side:
+        raise ValueError(
+            f"pixel_values must hold tiles of {side[0]} x {side[1]} pixels, for which this model's connectors are, got "
+            f"{pixel_values.shape[2]} x {pixel_values.shape[3]}: set the size of the image processor"
+        )
     if input_ids is None:
         if inputs_embeds is None:
             raise ValueError("pixel_values need input_ids or inputs_embeds beside them, got neither")
         marker = model.get_input_embeddings()(torch.full((), placeholder, device=inputs_embeds.device))
         # Any id but the placeholder's does for the rest, and -1 is never that.
         input_ids = torch.where((inputs_embeds == marker).all(-1), placeholder, -1)
+    input_ids = input_ids.long()
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of the prompt, {list(input_ids.shape)}, got "
@@ -264,7 +298,7 @@ def encode(
             input_ids,
             plan,
             placeholder_id=placeholder,
-            attention_mask=attention_mask if len(input_ids) > 1 else None,
+            attention_mask=attention_mask != 0 if attention_mask is not None and len(input_ids) > 1 else None,
             position_ids=position_ids,
             padding_side=padding_side or ("left" if left else "right"),
             pad_token_id=pad_token_id,
