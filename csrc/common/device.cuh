@@ -2,8 +2,9 @@
 //
 //   VICO_SHARED(type, name, [dims]...)   a static variable in shared memory, aligned as its type is and no better
 //   VICO_DYNAMIC_SHARED(type, name)      a pointer to the launch's dynamic shared memory, 1024-byte aligned
-//   VICO_DEVICE_CHECK(condition, format, ...)  what the host cannot check without waiting: ends the kernel with a
-//   message vico::launch(kernel, grid, block, shared_bytes, stream, args...)
+//   VICO_DEVICE_CHECK(condition, ...)    a printf message: what the host cannot check without waiting ends the kernel
+//
+//   vico::launch(kernel, grid, block, shared_bytes, stream, args...)
 #pragma once
 
 #ifdef __CUDACC__
