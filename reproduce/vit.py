@@ -1,0 +1,145 @@
+"""Stage 0a: the ViT learns to see. Each patch names its glyphs, and a pooled query answers what needs no reading.
+
+Only the ViT is kept. Without the glyphs a language model on top takes very long to find out that print can be read.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reproduce.bank import GLYPHS, NO_GLYPH, UNREAD, Bank
+from reproduce.model import normalised
+
+__all__ = ["Heads", "cosine", "features", "train_vit"]
+
+_COARSE = ("kind", "color", "shape", "count", "switch 1", "switch 2")
+
+
+def coarse_targets(bank: Bank) -> tuple[Tensor, list[int]]:
+    """Answers ``[n, 6]`` to what needs no reading, -100 where it is not asked, and how many answers each has."""
+    names: list[dict[str, int]] = [{} for _ in _COARSE]
+    found = torch.full((len(bank), len(_COARSE)), -100)
+    for tile, questions in enumerate(bank.questions):
+        for q in questions:
+            name = f"switch {q.text[-1]}" if q.skill == "switch" else q.skill
+            if name in _COARSE:
+                place = _COARSE.index(name)
+                found[tile, place] = names[place].setdefault(q.answer, len(names[place]))
+    return found, [max(1, len(own)) for own in names]
+
+
+class Heads(nn.Module):
+    """What reads the ViT while it learns, and is thrown away."""
+
+    def __init__(self, width: int, answers: list[int]) -> None:
+        super().__init__()
+        self.glyphs = nn.Linear(width, 2 * (len(GLYPHS) + 1))
+        self.query = nn.Parameter(torch.randn(len(answers), width) * width**-0.5)
+        self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.answers = nn.ModuleList(nn.Linear(width, n) for n in answers)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits ``[n, 64, 2, glyphs]`` and per question ``[n, answers]`` of patch tokens ``[n, 64, V]``."""
+        glyphs = self.glyphs(tokens).unflatten(-1, (2, len(GLYPHS) + 1))
+        pooled = F.scaled_dot_product_attention(
+            self.query.expand(len(tokens), -1, -1), self.key(tokens), self.value(tokens)
+        )
+        return glyphs, [head(pooled[:, i]) for i, head in enumerate(self.answers)]
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int) -> float:
+    """The learning rate of a step counted from 0."""
+    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+def train_vit(
+    tower: Any,
+    bank: Bank,
+    steps: int,
+    *,
+    batch: int = 48,
+    peak: float = 2e-3,
+    seed: int = 0,
+    log: Callable[[dict[str, Any]], None],
+    every: int = 50,
+) -> Heads:
+    """Trains the tower in place; gives back the heads that read it.
+
+    Half of a batch are tiles with fine print.
+    """
+    answers, sizes = coarse_targets(bank)
+    glyphs, pixels = torch.from_numpy(bank.glyphs).long(), torch.from_numpy(bank.pixels)
+    rng = np.random.default_rng(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = Heads(tower.config.hidden_size, sizes)
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01)
+    is_fine = np.array([kind in ("fine", "sparse", "mixed") for kind in bank.kinds])
+    fine, other = np.flatnonzero(is_fine), np.flatnonzero(~is_fine)
+    weight = torch.ones(len(GLYPHS) + 1)
+    weight[NO_GLYPH] = 0.2  # most patches are empty
+    tower.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, steps, peak, 50)
+        chosen = torch.from_numpy(np.concatenate([rng.choice(fine, batch // 2), rng.choice(other, batch - batch // 2)]))
+        tokens = tower(pixel_values=normalised(pixels[chosen]))[0][:, 1:]
+        read, said = heads(tokens)
+        glyph_loss = F.cross_entropy(read.flatten(0, 2), glyphs[chosen].flatten(), weight, ignore_index=UNREAD)
+        asked = answers[chosen]
+        losses = [
+            F.cross_entropy(logits, asked[:, i]) for i, logits in enumerate(said) if bool((asked[:, i] >= 0).any())
+        ]
+        loss = glyph_loss + torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            truth, best = glyphs[chosen], read.argmax(-1)
+            digit = (truth >= 0) & (truth < 10)
+            letter = (truth >= 10) & (truth < NO_GLYPH)
+            right = [(x.argmax(-1) == asked[:, i])[asked[:, i] >= 0].float() for i, x in enumerate(said)]
+            log({
+                "stage": "0a", "step": step + 1, "loss": round(loss.item(), 4), "glyph loss": round(glyph_loss.item(), 4),
+                "digits": round((best == truth)[digit].float().mean().item(), 4),
+                "letters": round((best == truth)[letter].float().mean().item(), 4),
+                "coarse": round(torch.cat(right).mean().item(), 4), "cpu_s": round(time.process_time(), 1),
+            })  # fmt: skip
+    return heads
+
+
+@torch.no_grad()
+def features(tower: Any, bank: Bank, batch: int = 256) -> Tensor:
+    """The tower's last hidden state of every tile of a bank, ``[n, 1 + 64, V]`` in bfloat16."""
+    tower.eval()
+    pixels = torch.from_numpy(bank.pixels)
+    parts = [tower(pixel_values=normalised(pixels[i : i + batch]))[0].bfloat16() for i in range(0, len(bank), batch)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def glyph_accuracy(tower: Any, heads: Heads, bank: Bank, batch: int = 256) -> dict[str, float]:
+    """Share of digits and of letters that the patches name right, by kind of tile."""
+    tower.eval()
+    pixels, glyphs = torch.from_numpy(bank.pixels), torch.from_numpy(bank.glyphs).long()
+    best = torch.cat([
+        heads(tower(pixel_values=normalised(pixels[i : i + batch]))[0][:, 1:])[0].argmax(-1)
+        for i in range(0, len(bank), batch)
+    ])  # fmt: skip
+    known = (glyphs >= 0) & (glyphs < NO_GLYPH)
+    found = {}
+    for kind in sorted(set(bank.kinds)):
+        own = known & torch.tensor([k == kind for k in bank.kinds])[:, None, None]
+        if own.any():
+            found[kind] = round((best == glyphs)[own].float().mean().item(), 4)
+    return found
