@@ -85,6 +85,6 @@ def make_model(size: Size, seed: int) -> Any:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Pixel values ``[n, 3, S, S]`` of uint8 pixels ``[n, S, S, 3]``, as :func:`vico_ext.tiling.tile_image` has them."""
+    """Pixel values ``[n, 3, S, S]`` of uint8 pixels ``[n, S, S, 3]``, as :func:`vico_ext.tiling.tile_image` does."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return ((pixels.float() / 255 - mean) / std).movedim(-1, 1).contiguous()

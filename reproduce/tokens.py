@@ -5,7 +5,6 @@ from __future__ import annotations
 import string
 from typing import Any
 
-
 __all__ = ["END", "IMAGE", "PAD", "VOCABULARY", "make_tokenizer"]
 
 TILES = 4  # of a page

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reproduce.bank import GLYPHS, NO_GLYPH, UNREAD, Bank
 from reproduce.model import normalised
 
-__all__ = ["Heads", "cosine", "features", "train_vit"]
+__all__ = ["Heads", "cosine", "features", "glyph_accuracy", "train_vit"]
 
 _COARSE = ("kind", "color", "shape", "count", "switch 1", "switch 2")
 
@@ -110,7 +110,8 @@ def train_vit(
             letter = (truth >= 10) & (truth < NO_GLYPH)
             right = [(x.argmax(-1) == asked[:, i])[asked[:, i] >= 0].float() for i, x in enumerate(said)]
             log({
-                "stage": "0a", "step": step + 1, "loss": round(loss.item(), 4), "glyph loss": round(glyph_loss.item(), 4),
+                "stage": "0a", "step": step + 1, "loss": round(loss.item(), 4),
+                "glyph_loss": round(glyph_loss.item(), 4),
                 "digits": round((best == truth)[digit].float().mean().item(), 4),
                 "letters": round((best == truth)[letter].float().mean().item(), 4),
                 "coarse": round(torch.cat(right).mean().item(), 4), "cpu_s": round(time.process_time(), 1),
