@@ -77,11 +77,25 @@ def make_model(size: Size, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(make_config(size))
-        # transformers starts positions at zero; a model this small finds its rows sooner from random ones
-        torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.05)
+        _place_patches(model.model.vision_tower.embeddings.position_embeddings.data)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = END
     return model
+
+
+def _place_patches(embeddings: Tensor) -> None:
+    """Writes sines and cosines of row and column into ``[1, 1 + N, V]``.
+
+    transformers starts them at zero. A glyph lies across patches, and a neighbour is found sooner where positions have
+    a geometry from the start.
+    """
+    side, width = round((embeddings.shape[1] - 1) ** 0.5), embeddings.shape[2]
+    waves = torch.pi * torch.linspace(1 / side, 1, width // 4)  # from half a turn over the tile to one in two patches
+    angles = torch.arange(side)[:, None] * waves
+    along = torch.cat([angles.sin(), angles.cos()], 1)  # [side, V / 2]
+    rows, columns = along[:, None].expand(-1, side, -1), along[None].expand(side, -1, -1)
+    embeddings.zero_()
+    embeddings[0, 1:] = 0.5 * torch.cat([rows, columns], -1).flatten(0, 1)
 
 
 def normalised(pixels: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from reproduce.optim import Optimizers, level
 from reproduce.pages import FINE, Page, PageBatch, Pages, Shared, answer_logits
 from vico_ext import functional as VF
 
@@ -76,15 +77,14 @@ def train_reader(
     every: int = 25,
 ) -> bool:
     """One lesson; gives back whether its target was reached."""
-    parameters = [p for name, p in model.named_parameters() if ".vision_tower." not in name and ".vico." not in name]
-    optimizer = torch.optim.AdamW(parameters, lesson.peak, betas=(0.9, 0.98), weight_decay=0.01)
+    frozen = (".vision_tower.", ".vico.")
+    trained = [(name, p) for name, p in model.named_parameters() if not any(part in name for part in frozen)]
+    optimizers = Optimizers(trained, lesson.peak)
     model.train()
     step, ends, reached = 0, lesson.steps, False
     window: list[tuple[float, float, float]] = []
     while step < ends:
-        rate = lesson.peak * min(1.0, (step + 1) / lesson.warmup) * min(1.0, (ends - step) / lesson.cooldown)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = level(step, ends, lesson.warmup, lesson.cooldown)
         first = 1 + step % 4 if lesson.tiles == 1 else 1
         drawn = [
             pages.draw(lesson.tiles, lesson.questions, first=first, fine_only=lesson.tiles == 1 and number % 2 == 0)
@@ -93,10 +93,7 @@ def train_reader(
         batch = shared.batch(drawn)
         logits = answer_logits(model, batch, visual_tokens(model, features[batch.tiles.flatten()].float()))
         loss = F.cross_entropy(logits, batch.targets[batch.predict])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizers.step(loss, rate)
         step += 1
         answers = right_answers(logits.detach(), batch)
         numbers = [ok for page, n, ok in answers if page.asked[n].question.skill in FINE]
@@ -109,7 +106,7 @@ def train_reader(
         if step % every == 0 or step == ends:
             log({
                 "stage": f"0b, {lesson.tiles} tiles", "step": step, "loss": round(loss_mean, 4),
-                "numbers": round(fine, 4), "others": round(coarse, 4), "rate": round(rate, 6),
+                "numbers": round(fine, 4), "others": round(coarse, 4), "rate": round(lesson.peak * rate, 6),
                 "cpu_s": round(time.process_time(), 1),
             })  # fmt: skip
     return reached

@@ -10,7 +10,7 @@ from reproduce.words import LABELS
 
 __all__ = ["button", "fine", "medium", "mixed", "sparse", "switches", "title"]
 
-_PITCH = 12  # pixels from line to line of fine print
+_SIZE, _PITCH = 10, 12  # pixels of fine print, and from line to line
 
 
 def _number(tile: Tile, digits: int) -> str:
@@ -29,7 +29,7 @@ def _line(tile: Tile, family: str, baseline: float, size: int, number: str, righ
 
 
 def fine(tile: Tile, family: str) -> None:
-    """Five lines of nine pixels: nothing of them is left at the lower rate."""
+    """Five lines of ten pixels: nothing of them is left at the lower rate."""
     top = tile.chance.randint(9, 12)
     right = SIDE - tile.chance.randint(1, 5)
     for row in range(5):
@@ -37,7 +37,7 @@ def fine(tile: Tile, family: str) -> None:
         baseline = top + _PITCH * row
         if family == "table" and row:
             tile.pencil.line([(0, baseline - 10), (SIDE, baseline - 10)], fill=jitter(tile.chance, (185, 190, 205)))
-        _line(tile, family, baseline, 9, number, right)
+        _line(tile, family, baseline, _SIZE, number, right)
         tile.ask("fine", f"line {row + 1}", number)
     if family == "table":
         x = SIDE - 32
@@ -61,7 +61,7 @@ def sparse(tile: Tile, family: str) -> None:
     """A single fine line on an empty tile."""
     number = _number(tile, 4)
     right = tile.chance.randint(40, SIDE - 2)
-    _line(tile, family, 9 + _PITCH * tile.chance.randint(0, 4) + tile.chance.randint(0, 4), 9, number, right)
+    _line(tile, family, 10 + _PITCH * tile.chance.randint(0, 4) + tile.chance.randint(0, 4), _SIZE, number, right)
     tile.ask("sparse", "line 1", number)
 
 
@@ -72,7 +72,7 @@ def mixed(tile: Tile, family: str) -> None:
     right = SIDE - tile.chance.randint(1, 5)
     for row in range(2):
         number = _number(tile, 4)
-        _line(tile, family, 46 + _PITCH * row, 9, number, right)
+        _line(tile, family, 46 + _PITCH * row, _SIZE, number, right)
         tile.ask("fine", f"line {row + 1}", number)
     tile.ask("color", "color", color)
     tile.ask("shape", "shape", shape)

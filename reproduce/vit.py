@@ -5,7 +5,6 @@ Only the ViT is kept. Without the glyphs a language model on top takes very long
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from reproduce.bank import GLYPHS, NO_GLYPH, UNREAD, Bank
 from reproduce.model import normalised
+from reproduce.optim import Optimizers, cosine
 
-__all__ = ["Heads", "cosine", "features", "glyph_accuracy", "train_vit"]
+__all__ = ["Heads", "features", "glyph_accuracy", "train_vit"]
 
 _COARSE = ("kind", "color", "shape", "count", "switch 1", "switch 2")
 
@@ -55,17 +55,12 @@ class Heads(nn.Module):
         return glyphs, [head(pooled[:, i]) for i, head in enumerate(self.answers)]
 
 
-def cosine(step: int, steps: int, peak: float, warmup: int) -> float:
-    """The learning rate of a step counted from 0."""
-    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-
-
 def train_vit(
     tower: Any,
     bank: Bank,
     steps: int,
     *,
-    batch: int = 48,
+    batch: int = 32,
     peak: float = 2e-3,
     seed: int = 0,
     log: Callable[[dict[str, Any]], None],
@@ -81,16 +76,15 @@ def train_vit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = Heads(tower.config.hidden_size, sizes)
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = Optimizers([*tower.named_parameters(), *heads.named_parameters()], peak)
     is_fine = np.array([kind in ("fine", "sparse", "mixed") for kind in bank.kinds])
     fine, other = np.flatnonzero(is_fine), np.flatnonzero(~is_fine)
     weight = torch.ones(len(GLYPHS) + 1)
-    weight[NO_GLYPH] = 0.2  # most patches are empty
+    weight[10:NO_GLYPH] = 3.0  # letters are large and few
+    weight[NO_GLYPH] = 0.1  # most patches are empty
     tower.train()
+    recent: list[tuple[float, ...]] = []
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, steps, peak, 50)
         chosen = torch.from_numpy(np.concatenate([rng.choice(fine, batch // 2), rng.choice(other, batch - batch // 2)]))
         tokens = tower(pixel_values=normalised(pixels[chosen]))[0][:, 1:]
         read, said = heads(tokens)
@@ -100,22 +94,18 @@ def train_vit(
             F.cross_entropy(logits, asked[:, i]) for i, logits in enumerate(said) if bool((asked[:, i] >= 0).any())
         ]
         loss = glyph_loss + torch.stack(losses).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizers.step(loss, cosine(step, steps, 50))
+        truth, best = glyphs[chosen], read.argmax(-1)
+        digit, letter = (truth >= 0) & (truth < 10), (truth >= 10) & (truth < NO_GLYPH)
+        coarse = torch.cat([(x.argmax(-1) == asked[:, i])[asked[:, i] >= 0] for i, x in enumerate(said)])
+        shares = (x.float().mean().item() for x in ((best == truth)[digit], (best == truth)[letter], coarse))
+        recent = [*recent[1 - every :], (loss.item(), *shares)]
         if (step + 1) % every == 0 or step + 1 == steps:
-            truth, best = glyphs[chosen], read.argmax(-1)
-            digit = (truth >= 0) & (truth < 10)
-            letter = (truth >= 10) & (truth < NO_GLYPH)
-            right = [(x.argmax(-1) == asked[:, i])[asked[:, i] >= 0].float() for i, x in enumerate(said)]
-            log({
-                "stage": "0a", "step": step + 1, "loss": round(loss.item(), 4),
-                "glyph_loss": round(glyph_loss.item(), 4),
-                "digits": round((best == truth)[digit].float().mean().item(), 4),
-                "letters": round((best == truth)[letter].float().mean().item(), 4),
-                "coarse": round(torch.cat(right).mean().item(), 4), "cpu_s": round(time.process_time(), 1),
-            })  # fmt: skip
+            names = ("loss", "digits", "letters", "coarse")
+            means = {
+                name: round(float(np.nanmean(c)), 4) for name, c in zip(names, zip(*recent, strict=True), strict=True)
+            }
+            log({"stage": "0a", "step": step + 1, **means, "cpu_s": round(time.process_time(), 1)})
     return heads
 
 
