@@ -14,11 +14,13 @@ pytest.importorskip("font_lato", reason="the reproduction's fonts: pip install -
 
 from reproduce import fonts
 from reproduce.bank import FAMILIES, GLYPHS, SPLITS, Bank, style_of, words_of
+from reproduce.export import write_pages
 from reproduce.model import SIZES, make_model, normalised
 from reproduce.pages import Pages, Shared, answer_logits
 from reproduce.reader import right_answers, visual_tokens
 from reproduce.tokens import IMAGE, make_tokenizer
 from vico_ext.training.chat import ChatEncoder, Turn
+from vico_ext.training.records import Corpus, Tiling
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,22 @@ def test_answers_count_as_right_when_all_their_tokens_are(bank: Bank, shared: Sh
     logits[0, 99] = 1
     answers = right_answers(logits, batch)
     assert [ok for _, _, ok in answers] == [False] + [True] * (len(answers) - 1)
+
+
+def test_exported_pages_come_back_as_the_same_tiles_and_questions(bank: Bank, shared: Shared, tmp_path: Path) -> None:
+    path = write_pages(tmp_path, bank, 3, seed=5)
+    tiling = Tiling(64, 1, 4, False)
+    corpus = Corpus.scan(path, tmp_path, tiling, questions=8, measure=True, tokens_per_tile=16)
+    drawn = Pages(bank, 5)
+    assert not corpus.problems
+    assert len(corpus.items) == 3
+    for item in corpus.items:
+        page = drawn.draw()
+        records = corpus.read(item)
+        assert [(r.turns[0].text, r.answer) for r in records] == [
+            (f"<image>\n{one.text}", one.question.answer) for one in page.asked
+        ]
+        cut = tiling.cut(tmp_path / records[0].images[0])
+        torch.testing.assert_close(cut, normalised(torch.from_numpy(bank.pixels)[list(page.tiles)]), rtol=0, atol=1e-6)
+        for record in records:
+            assert shared.encoder.tokenizer.unk_token_id not in shared.encoder.encode(record.turns, [4]).input_ids
