@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,10 @@ def render_tile(split: str, family: str, style: int, number: int, seed: int = 0)
     if kind in ("fine", "medium", "sparse", "mixed"):
         getattr(texts, kind)(tile, family if family != "picture" else "document")
     elif kind in ("title", "button"):
-        getattr(texts, kind)(tile, words_of(split))
+        words = words_of(split)
+        if split in ("train", "seen") and chance.random() < 0.6:  # so that letters are learnt, and not words
+            words = ("".join(chance.choice(string.ascii_lowercase) for _ in range(3)),)
+        getattr(texts, kind)(tile, words)
     elif kind == "switches":
         texts.switches(tile)
     elif kind == "blank":
@@ -87,21 +91,29 @@ def render_tile(split: str, family: str, style: int, number: int, seed: int = 0)
 
 
 def glyphs_of(tile: Tile) -> np.ndarray:
-    """``[64, 2]``: per patch the first two glyphs whose centres lie in it, from left to right."""
-    found = np.full((PATCHES, 2), NO_GLYPH, np.int8)
-    for x, y, character in sorted(tile.glyphs):
+    """``[64, 2]``: per patch the first two glyphs whose centres lie in it, from left to right.
+
+    A glyph larger than a patch is also that of the patches whose centres it covers, where they have none of their own.
+    """
+    side = SIDE // PATCH
+    found = np.full((side, side, 2), NO_GLYPH, np.int8)
+    for x, y, _, _, character in sorted(tile.glyphs):
         column, row = int(x // PATCH), int(y // PATCH)
-        if 0 <= column < SIDE // PATCH and 0 <= row < SIDE // PATCH:
-            place = found[row * (SIDE // PATCH) + column]
-            free = np.flatnonzero(place == NO_GLYPH)
+        if 0 <= column < side and 0 <= row < side:
+            free = np.flatnonzero(found[row, column] == NO_GLYPH)
             if len(free):
-                place[free[0]] = GLYPHS.index(character)
+                found[row, column, free[0]] = GLYPHS.index(character)
+    centres = (np.arange(side) + 0.5) * PATCH
+    for x, y, wide, high, character in tile.glyphs:
+        if min(wide, high) > PATCH / 2:
+            covered = (abs(centres - y) < high)[:, None] & (abs(centres - x) < wide)
+            found[covered & (found[:, :, 0] == NO_GLYPH), 0] = GLYPHS.index(character)
     for x, y in tile.unread:
         column, row = int(x // PATCH), int(y // PATCH)
-        if 0 <= column < SIDE // PATCH and 0 <= row < SIDE // PATCH:
-            place = found[row * (SIDE // PATCH) + column]
+        if 0 <= column < side and 0 <= row < side:
+            place = found[row, column]
             place[place == NO_GLYPH] = UNREAD
-    return found
+    return found.reshape(PATCHES, 2)
 
 
 @dataclass(frozen=True, eq=False)

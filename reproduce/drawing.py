@@ -65,7 +65,8 @@ class Tile:
         kind: what is on it.
         image: 64 x 64 pixels.
         questions: about it.
-        glyphs: x and y of the centre of each digit and letter that can be asked for, and which it is.
+        glyphs: x and y of the centre of each digit and letter that can be asked for, half its width and half the
+            height of an x, and which it is.
         unread: the same places of those that cannot.
     """
 
@@ -74,7 +75,7 @@ class Tile:
     kind: str
     image: Any = None
     questions: list[Question] = field(default_factory=list)
-    glyphs: list[tuple[float, float, str]] = field(default_factory=list)
+    glyphs: list[tuple[float, float, float, float, str]] = field(default_factory=list)
     unread: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class Tile:
                 left, right = font.getlength(text[:place]), font.getlength(text[: place + 1])
                 centre = (x + (left + right) / 2, baseline - 0.36 * size)
                 if read:
-                    self.glyphs.append((*centre, character))
+                    self.glyphs.append((*centre, (right - left) / 2, 0.3 * size, character))
                 else:
                     self.unread.append(centre)
         return x + font.getlength(text)

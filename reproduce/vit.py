@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reproduce.bank import GLYPHS, NO_GLYPH, UNREAD, Bank
+from reproduce.bank import GLYPHS, NO_GLYPH, TILE_KINDS, UNREAD, Bank
 from reproduce.model import normalised
 from reproduce.optim import Optimizers, cosine
 
 __all__ = ["Heads", "features", "glyph_accuracy", "train_vit"]
 
 _COARSE = ("kind", "color", "shape", "count", "switch 1", "switch 2")
+
+_FINE, _LETTERS = ("fine", "sparse", "mixed"), ("title", "button", "medium")
+_OTHERS = tuple(kind for kind in TILE_KINDS if kind not in (*_FINE, *_LETTERS))
 
 
 def coarse_targets(bank: Bank) -> tuple[Tensor, list[int]]:
@@ -68,7 +71,7 @@ def train_vit(
 ) -> Heads:
     """Trains the tower in place; gives back the heads that read it.
 
-    Half of a batch are tiles with fine print.
+    Two fifths of a batch are tiles with fine print, three tenths have large letters.
     """
     answers, sizes = coarse_targets(bank)
     glyphs, pixels = torch.from_numpy(bank.glyphs).long(), torch.from_numpy(bank.pixels)
@@ -77,15 +80,16 @@ def train_vit(
         torch.manual_seed(seed)
         heads = Heads(tower.config.hidden_size, sizes)
     optimizers = Optimizers([*tower.named_parameters(), *heads.named_parameters()], peak)
-    is_fine = np.array([kind in ("fine", "sparse", "mixed") for kind in bank.kinds])
-    fine, other = np.flatnonzero(is_fine), np.flatnonzero(~is_fine)
+    fine, letters, other = (
+        np.flatnonzero([kind in kinds for kind in bank.kinds]) for kinds in (_FINE, _LETTERS, _OTHERS)
+    )
+    shares = ((fine, batch * 2 // 5), (letters, batch * 3 // 10), (other, batch - batch * 2 // 5 - batch * 3 // 10))
     weight = torch.ones(len(GLYPHS) + 1)
-    weight[10:NO_GLYPH] = 3.0  # letters are large and few
     weight[NO_GLYPH] = 0.1  # most patches are empty
     tower.train()
     recent: list[tuple[float, ...]] = []
     for step in range(steps):
-        chosen = torch.from_numpy(np.concatenate([rng.choice(fine, batch // 2), rng.choice(other, batch - batch // 2)]))
+        chosen = torch.from_numpy(np.concatenate([rng.choice(tiles, number) for tiles, number in shares]))
         tokens = tower(pixel_values=normalised(pixels[chosen]))[0][:, 1:]
         read, said = heads(tokens)
         glyph_loss = F.cross_entropy(read.flatten(0, 2), glyphs[chosen].flatten(), weight, ignore_index=UNREAD)
@@ -98,8 +102,8 @@ def train_vit(
         truth, best = glyphs[chosen], read.argmax(-1)
         digit, letter = (truth >= 0) & (truth < 10), (truth >= 10) & (truth < NO_GLYPH)
         coarse = torch.cat([(x.argmax(-1) == asked[:, i])[asked[:, i] >= 0] for i, x in enumerate(said)])
-        shares = (x.float().mean().item() for x in ((best == truth)[digit], (best == truth)[letter], coarse))
-        recent = [*recent[1 - every :], (loss.item(), *shares)]
+        right = (x.float().mean().item() for x in ((best == truth)[digit], (best == truth)[letter], coarse))
+        recent = [*recent[1 - every :], (loss.item(), *right)]
         if (step + 1) % every == 0 or step + 1 == steps:
             names = ("loss", "digits", "letters", "coarse")
             means = {
