@@ -141,6 +141,13 @@ class Bank:
     def __len__(self) -> int:
         return len(self.kinds)
 
+    def first(self, tiles: int) -> Bank:
+        """The first so many tiles, as a bank rendered to that size has them."""
+        return Bank(
+            self.split, self.pixels[:tiles], self.glyphs[:tiles], self.kinds[:tiles], self.families[:tiles],
+            self.styles[:tiles], self.questions[:tiles],
+        )  # fmt: skip
+
     @classmethod
     def render(cls, split: str, tiles: int, seed: int = 0) -> Bank:
         """So many tiles, over families and styles in turn."""

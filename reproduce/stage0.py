@@ -50,8 +50,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and log.jsonl")
     parser.add_argument("--size", choices=sorted(SIZES), default="laptop")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches; the data are the same")
-    parser.add_argument("--tiles", type=int, default=6000, help="rendered for training")
-    parser.add_argument("--vit-steps", type=int, default=1300)
+    parser.add_argument("--tiles", type=int, default=24_000, help="rendered for the ViT; it learns few by heart")
+    parser.add_argument("--reader-tiles", type=int, default=12_000, help="of these, for connector and language model")
+    parser.add_argument("--vit-steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vit", type=Path, help="take the ViT of an earlier run's vit.safetensors; skip stage 0a")
     args = parser.parse_args()
@@ -72,6 +73,7 @@ def main() -> None:
         save_file(tower.state_dict(), args.out / "vit.safetensors")
         for split in ("seen", "validation"):
             log({"stage": "0a", "split": split, "glyphs": glyph_accuracy(tower, heads, banks[split])})
+    banks["train"] = banks["train"].first(args.reader_tiles)
     seen = {split: features(tower, bank) for split, bank in banks.items()}
 
     tokenizer = make_tokenizer()
