@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-pytest.importorskip("font_lato", reason="the reproduction's fonts: pip install -r reproduce/requirements.txt")
+pytest.importorskip("font_lato", reason="the reproduction's fonts: pip install 'vico_ext[reproduce]'")
 
 from reproduce import fonts
 from reproduce.bank import FAMILIES, GLYPHS, SPLITS, Bank, style_of, words_of

@@ -60,8 +60,6 @@ def load_font(name: str, size: int) -> Any:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         pip = package.replace("_", "-")
-        raise ModuleNotFoundError(
-            f"the font {name} comes with the package {pip}: pip install -r reproduce/requirements.txt"
-        )
+        raise ModuleNotFoundError(f"the font {name} comes with the package {pip}: pip install 'vico_ext[reproduce]'")
     path = Path(found.origin).parent / _FOLDERS[package] / file
     return ImageFont.truetype(str(path), round(size * factor))
