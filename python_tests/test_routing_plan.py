@@ -10,12 +10,14 @@ from fractions import Fraction
 
 import pytest
 import torch
+from device import cpu_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import vico_ext
 from vico_ext import (
+    _C,
     BudgetPolicy,
     PerImagePolicy,
     ReleasedPolicy,
@@ -276,7 +278,7 @@ def test_opcheck(dtype):
         ({"p": torch.rand(2, 2)}, ValueError, r"p must be a floating tensor of shape \[tiles\], got .*\[2, 2\]"),
         ({"p": torch.tensor([1, 0])}, ValueError, "p must be a floating tensor .* got torch.int64"),
         ({"p": [0.5]}, TypeError, r"p must be a tensor of shape \[tiles\], got list"),
-        ({"p": torch.tensor([0.1, float("nan"), float("nan")])}, RuntimeError, "got NaN for tile 1"),
+        ({"p": torch.tensor([0.1, float("nan"), 0.2])}, RuntimeError, "got NaN for tile 1"),
         ({"p": torch.tensor([0.1, 0.2, 1.5])}, RuntimeError, r"probabilities in \[0, 1\], got 1.5 for tile 2"),
         ({"p": torch.tensor([-1.0]).bfloat16()}, RuntimeError, r"in \[0, 1\], got -1 for tile 0"),
         ({"p": torch.tensor([float("inf")])}, RuntimeError, r"in \[0, 1\], got inf for tile 0"),
@@ -302,6 +304,13 @@ def test_bad_arguments(kwargs, error, message):
     arguments = {"p": torch.rand(3), "policy": ThresholdPolicy(), **kwargs}
     with pytest.raises(error, match=message):
         vico_ext.plan_routing(**arguments)
+
+
+@cpu_only("a GPU's threads find them in any order")
+@pytest.mark.skipif(_C.cuda == "host", reason="the emulated device's threads, too")
+def test_the_first_bad_probability_is_named():
+    with pytest.raises(RuntimeError, match="got NaN for tile 1"):
+        vico_ext.plan_routing(torch.tensor([0.1, float("nan"), float("nan")]), ThresholdPolicy())
 
 
 @pytest.mark.parametrize(

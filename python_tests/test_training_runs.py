@@ -52,6 +52,7 @@ def start(options: Any, **environment: str) -> Any:
 def finish(*processes: Any) -> None:
     for process in processes:
         process.join(timeout=120)
+        process.kill()  # where it still runs: pytest would wait for it when it exits
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
