@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "flash_v32_h48.safetensors"
+
+
+# Pythons that tests start must not take the current folder for the package: it may be the sources', without compiled ops.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def pytest_configure() -> None:
