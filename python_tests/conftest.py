@@ -15,7 +15,7 @@ from torch import Tensor
 GOLDEN = Path(__file__).parent / "golden" / "flash_v32_h48.safetensors"
 
 
-# Pythons that tests start must not take the current folder for the package: it may be the sources', without compiled ops.
+# Pythons that tests start must not look for the package in the current folder: the sources have no compiled ops.
 os.environ["PYTHONSAFEPATH"] = "1"
 
 
