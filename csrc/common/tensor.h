@@ -84,11 +84,6 @@ inline void check_device(const Tensor& t, const Tensor& like, const char* name, 
              "), got ", device_string(t));
 }
 
-inline void check_cpu(const Tensor& t, const char* name, const char* op) {
-  VICO_CHECK(t.is_cpu(), op, name, " must be on the CPU like the other tensors of the call, got device type ",
-             static_cast<int>(t.device().type()));
-}
-
 // The kernels' element type of a floating tensor; fails for any other.
 inline Dtype float_dtype(const Tensor& t, const char* name, const char* op) {
   switch (t.scalar_type()) {
