@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "attention_pool/attention_pool.h"
+#include "common/dot.h"
 #include "common/exp.h"
 #include "common/multiply.h"
 #include "common/panel.h"
@@ -15,13 +16,19 @@ template <class T>
 struct Block {
   using A = accumulate_t<T>;
   using V = vec_t<T>;
+  // Elements of a row per step: a few tokens' and all heads' pieces stay in the L1 cache. Sums of sums round less than
+  // one long sum.
+  static constexpr int64_t kDepth = (kVecBytes == 64 ? 2048 : 1024) / sizeof(A);
 
   const AttentionPoolShape& shape;
-  const int64_t heads;   // padded
-  const int64_t stride;  // of a row of `panel`
-  const int64_t most;    // tokens in a block
-  Scratch<A> panel;      // [most, stride], the block's tokens
-  Scratch<A> ones;       // [heads]
+  const int64_t heads;      // padded
+  const int64_t stride;     // of a row of `panel`
+  const int64_t most;       // tokens in a block
+  Scratch<A> panel;         // [most, stride]
+  Scratch<A> ones;          // [heads]
+  Scratch<V> totals;        // [heads, kDotLeft], vectors of partial sums
+  const A* rows = nullptr;  // the block's tokens: where they are, or converted in `panel`
+  int64_t row_stride = 0;
 
   explicit Block(const AttentionPoolShape& s)
       : shape(s),
@@ -29,47 +36,61 @@ struct Block {
         stride(panel_stride<A>(s.channels)),
         most(panel_rows<A>(s.channels, AttentionPoolShape::kChunk)),
         panel(most * stride),
-        ones(heads) {
+        ones(heads),
+        totals(heads * kDotLeft) {
     for (int64_t h = 0; h < heads; ++h) ones[h] = 1;
   }
 
   void read(const AttentionPoolInputs& in, int64_t tile, int64_t token, int64_t count) {
-    const T* rows = static_cast<const T*>(in.tokens) + tile * in.tile_stride + token * in.token_stride;
-    copy_rows(rows, in.token_stride, count, shape.channels, panel.get(), stride);
-  }
-
-  // out [count, heads] = panel [count, channels] right [channels, heads]
-  void times(const A* right, A* out, int64_t count) const {
-    // Deep enough for the sums to stay in registers, shallow enough for this part of `right` to stay in the L1 cache;
-    // sums of sums also round less than one long sum.
-    constexpr int64_t kDepth = 256;
-    for (int64_t k = 0; k < shape.channels; k += kDepth) {
-      multiply<V, A>({min_of(kDepth, shape.channels - k), panel.get() + k, stride, 1, right + k * heads, heads, out,
-                      heads, k ? ones.get() : nullptr},
-                     count, heads);
+    const T* from = static_cast<const T*>(in.tokens) + tile * in.tile_stride + token * in.token_stride;
+    if constexpr (std::is_same_v<T, A>) {
+      rows = from;
+      row_stride = in.token_stride;
+    } else {
+      copy_rows(from, in.token_stride, count, shape.channels, panel.get(), stride);
+      rows = panel.get();
+      row_stride = stride;
     }
   }
 
-  // out [channels, heads] = beta [heads] * out + panel^T [channels, count] weights [count, heads]
-  void transposed_times(const A* weights, const A* beta, A* out, int64_t count) const {
-    multiply<V, A>({count, panel.get(), 1, stride, weights, heads, out, heads, beta}, shape.channels, heads);
+  // out [count, heads]: out[t, h] = rows[t, :] . right[h, :], from right [shape.heads, stride]
+  void times_rows(const A* right, A* out, int64_t count) const {
+    int64_t t = 0;
+    for (; t + kDotLeft <= count; t += kDotLeft) scores<kDotLeft>(right, rows + t * row_stride, out + t * heads);
+    for (; t < count; ++t) scores<1>(right, rows + t * row_stride, out + t * heads);
   }
-};
 
-// out [channels, padded heads] = rows [heads, channels], transposed; the padding is zero.
-template <class T>
-void transpose_heads(const T* rows, int64_t row_stride, const AttentionPoolShape& s, accumulate_t<T>* out) {
-  constexpr int64_t kBlock = 64;  // channels at a time: rows are read in order, and what is written stays in the cache
-  const int64_t heads = s.padded_heads();
-  for (int64_t first = 0; first < s.channels; first += kBlock) {
-    const int64_t last = min_of(first + kBlock, s.channels);
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t c = first; c < last; ++c) {
-        out[c * heads + h] = h < s.heads ? to_accumulate(rows[h * row_stride + c]) : accumulate_t<T>{};
+  // out [channels, heads] = beta [heads] * out + rows^T [channels, count] weights [count, heads]
+  void transposed_times(const A* weights, const A* beta, A* out, int64_t count) const {
+    multiply<V, A, true>({count, rows, 1, row_stride, weights, heads, out, heads, beta}, shape.channels, heads);
+  }
+
+ private:
+  template <int kTokens>
+  void scores(const A* right, const A* tokens, A* out) const {
+    for (int64_t i = 0; i < heads * kDotLeft; ++i) totals[i] = V{};
+    for (int64_t k = 0; k < shape.channels; k += kDepth) {
+      const int64_t n = min_of(kDepth, shape.channels - k);
+      const auto tile = [&](auto of_right, int64_t h) __attribute__((always_inline)) {
+        // Meanwhile a piece of one of the next rows is fetched.
+        const A* ahead = tokens + (kTokens + h / kDotRight) * row_stride + k;
+        dot_tile<kTokens, decltype(of_right)::value, true>(tokens + k, row_stride, right + h * stride + k, stride, n,
+                                                           h / kDotRight < kTokens, ahead, 0,
+                                                           totals.get() + h * kDotLeft, kDotLeft);
+      };
+      int64_t h = 0;
+      for (; h + kDotRight <= shape.heads; h += kDotRight) tile(std::integral_constant<int, kDotRight>(), h);
+      for (; h < shape.heads; ++h) tile(std::integral_constant<int, 1>(), h);
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      for (int64_t h = 0; h < heads; h += kLanes<V>) {
+        V sums[kLanes<V>];
+        for (int i = 0; i < kLanes<V>; ++i) sums[i] = totals[(h + i) * kDotLeft + t];
+        store(out + t * heads + h, lane_sums(sums));
       }
     }
   }
-}
+};
 
 // Channels [begin, end) of out [heads, channels] = sum over chunks of weights[chunk, :] * partial[chunk], where
 // partial is [chunks, chunk_rows, padded heads]. `block` is room for [end - begin, padded heads].
@@ -101,13 +122,13 @@ void forward_chunks(const AttentionPoolParams& p, int64_t begin, int64_t end) {
   const AttentionPoolShape& s = p.shape;
   Block<T> block(s);
   const int64_t heads = block.heads;
-  Scratch<A> query(s.channels * heads), weights(block.most * heads), beta(heads);
+  Scratch<A> query(s.heads * block.stride), weights(block.most * heads), beta(heads);
   const T* packed = nullptr;  // the query that `query` holds
   for (int64_t item = begin; item < end; ++item) {
     const int64_t tile = item / s.chunks(), first = item % s.chunks() * AttentionPoolShape::kChunk;
     const int64_t last = min_of(first + AttentionPoolShape::kChunk, s.count);
     const T* rows = static_cast<const T*>(p.in.query) + tile * p.in.query_stride;
-    if (rows != packed) transpose_heads(rows, p.in.query_head_stride, s, query.get());
+    if (rows != packed) copy_rows(rows, p.in.query_head_stride, s.heads, s.channels, query.get(), block.stride);
     packed = rows;
     A* sums = static_cast<A*>(p.partial) + item * s.partial_rows() * heads;  // [channels, heads]
     A* maximum = sums + s.channels * heads;                                  // [heads]
@@ -120,7 +141,7 @@ void forward_chunks(const AttentionPoolParams& p, int64_t begin, int64_t end) {
     for (int64_t token = first; token < last; token += block.most) {
       const int64_t count = min_of(block.most, last - token);
       block.read(p.in, tile, token, count);
-      block.times(query.get(), weights.get(), count);
+      block.times_rows(query.get(), weights.get(), count);
       for (int64_t h = 0; h < heads; h += kLanes<V>) {
         const V before = load(maximum + h);
         V now = before;
@@ -182,17 +203,11 @@ template <class T>
 struct BackwardTile {
   using A = accumulate_t<T>;
   using V = vec_t<T>;
-  Scratch<A> query, grad;  // [channels, heads]
-  Scratch<A> stacked;      // [2 * heads, stride]: grad_context's rows, then the queries; only for grad_tokens
-  Scratch<A> lse, dot;     // [heads]; dot[h] = grad_context[h, :] . context[h, :]
-  int64_t held = -1;       // tile
+  Scratch<A> stacked;   // [2 * heads, stride]: grad_context's rows, then the queries
+  Scratch<A> lse, dot;  // [heads]; dot[h] = grad_context[h, :] . context[h, :]
+  int64_t held = -1;    // tile
 
-  BackwardTile(const AttentionPoolBackwardParams& p, int64_t heads, int64_t stride)
-      : query(p.shape.channels * heads),
-        grad(p.shape.channels * heads),
-        stacked(p.grad_tokens ? 2 * heads * stride : 0),
-        lse(heads),
-        dot(heads) {}
+  BackwardTile(int64_t heads, int64_t stride) : stacked(2 * heads * stride), lse(heads), dot(heads) {}
 
   void hold(const AttentionPoolBackwardParams& p, int64_t tile, int64_t heads, int64_t stride) {
     if (tile == held) return;
@@ -201,8 +216,6 @@ struct BackwardTile {
     const T* queries = static_cast<const T*>(p.in.query) + tile * p.in.query_stride;
     const T* grads = static_cast<const T*>(p.grad_context) + tile * s.heads * s.channels;
     const T* contexts = static_cast<const T*>(p.context) + tile * s.heads * s.channels;
-    transpose_heads(queries, p.in.query_head_stride, s, query.get());
-    transpose_heads(grads, s.channels, s, grad.get());
     for (int64_t h = 0; h < heads; ++h) {
       lse[h] = dot[h] = 0;
       if (h >= s.heads) continue;
@@ -214,7 +227,6 @@ struct BackwardTile {
       }
       dot[h] = sum(product);
     }
-    if (!p.grad_tokens) return;
     for (int64_t h = s.heads; h < heads; ++h) {
       for (int64_t c = 0; c < stride; ++c) stacked[h * stride + c] = stacked[(heads + h) * stride + c] = 0;
     }
@@ -230,7 +242,7 @@ void backward_chunks(const AttentionPoolBackwardParams& p, int64_t begin, int64_
   const AttentionPoolShape& s = p.shape;
   Block<T> block(s);
   const int64_t heads = block.heads;
-  BackwardTile<T> held(p, heads, block.stride);
+  BackwardTile<T> held(heads, block.stride);
   Scratch<A> weights(block.most * heads), slopes(block.most * heads);
   Scratch<A> stacked(p.grad_tokens ? block.most * 2 * heads : 0);  // [most, 2 * heads]: weights, then slopes
   for (int64_t item = begin; item < end; ++item) {
@@ -247,8 +259,8 @@ void backward_chunks(const AttentionPoolBackwardParams& p, int64_t begin, int64_
     for (int64_t token = first; token < last; token += block.most) {
       const int64_t count = min_of(block.most, last - token);
       block.read(p.in, tile, token, count);
-      block.times(held.query.get(), weights.get(), count);
-      block.times(held.grad.get(), slopes.get(), count);
+      block.times_rows(held.stacked.get() + heads * block.stride, weights.get(), count);
+      block.times_rows(held.stacked.get(), slopes.get(), count);
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t h = 0; h < heads; h += kLanes<V>) {
           const V weight = exp(load(weights.get() + t * heads + h) - load(held.lse.get() + h));
@@ -261,7 +273,7 @@ void backward_chunks(const AttentionPoolBackwardParams& p, int64_t begin, int64_
       }
       block.transposed_times(slopes.get(), token > first ? block.ones.get() : nullptr, grad_query, count);
       if (!grad_tokens) continue;
-      // The block's tokens have been used: their place takes their gradients.
+      // Where the block's tokens were converted they have been used: their place takes their gradients.
       multiply<V, A>(
           {2 * heads, stacked.get(), 2 * heads, 1, held.stacked.get(), block.stride, block.panel.get(), block.stride},
           count, round_up(s.channels, kLanes<V>));

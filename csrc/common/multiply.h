@@ -25,12 +25,12 @@ namespace detail {
 // kRows rows of C by kVecs vectors, at (row, column).
 // NOTE: every element of C is one chain of multiply-adds over k in ascending order whatever the tiling, so results do
 // not depend on how many rows or columns a call has.
-template <int kRows, int kVecs, class V, class B>
+template <int kRows, int kVecs, bool kUnitRow, class V, class B>
 VICO_INLINE void multiply_tile(const Product<V, B>& p, int64_t row, int64_t column) {
   V sum[kRows][kVecs] = {};
   const auto* a = p.a + row * p.a_row;
   const B* b = p.b + column;
-  const int64_t a_row = p.a_row;
+  const int64_t a_row = kUnitRow ? 1 : p.a_row;  // a constant saves a register for each row
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_depth, b += p.b_depth) {
     V right[kVecs];
 #pragma GCC unroll 4
@@ -53,29 +53,32 @@ VICO_INLINE void multiply_tile(const Product<V, B>& p, int64_t row, int64_t colu
   }
 }
 
-template <int kVecs, class V, class B>
+template <int kVecs, bool kUnitRow, class V, class B>
 VICO_INLINE void multiply_columns(const Product<V, B>& p, int64_t rows, int64_t column) {
   // As many sums as still fit the registers: more than enough to hide the latency of a multiply-add.
   constexpr int kMost = (kVecBytes == 64 ? 24 : 12) / kVecs;
   int64_t row = 0;
-  for (; row + kMost <= rows; row += kMost) multiply_tile<kMost, kVecs>(p, row, column);
+  for (; row + kMost <= rows; row += kMost) multiply_tile<kMost, kVecs, kUnitRow>(p, row, column);
   if constexpr (kMost > 4) {
-    for (; row + 4 <= rows; row += 4) multiply_tile<4, kVecs>(p, row, column);
+    for (; row + 4 <= rows; row += 4) multiply_tile<4, kVecs, kUnitRow>(p, row, column);
   }
-  for (; row < rows; ++row) multiply_tile<1, kVecs>(p, row, column);
+  for (; row < rows; ++row) multiply_tile<1, kVecs, kUnitRow>(p, row, column);
 }
 
 }  // namespace detail
 
-// C [rows, columns] from A [rows, depth] and B [depth, columns]; columns is a multiple of the vector's lanes.
-template <class V, class B>
+// C [rows, columns] from A [rows, depth] and B [depth, columns]; columns is a multiple of the vector's lanes. kUnitRow:
+// a_row is 1.
+template <class V, class B, bool kUnitRow = false>
 void multiply(const Product<V, B>& p, int64_t rows, int64_t columns) {
   int64_t column = 0;
   if (rows <= 3) {
-    for (; column + 4 * kLanes<V> <= columns; column += 4 * kLanes<V>) detail::multiply_columns<4>(p, rows, column);
+    for (; column + 4 * kLanes<V> <= columns; column += 4 * kLanes<V>)
+      detail::multiply_columns<4, kUnitRow>(p, rows, column);
   }
-  for (; column + 2 * kLanes<V> <= columns; column += 2 * kLanes<V>) detail::multiply_columns<2>(p, rows, column);
-  for (; column < columns; column += kLanes<V>) detail::multiply_columns<1>(p, rows, column);
+  for (; column + 2 * kLanes<V> <= columns; column += 2 * kLanes<V>)
+    detail::multiply_columns<2, kUnitRow>(p, rows, column);
+  for (; column < columns; column += kLanes<V>) detail::multiply_columns<1, kUnitRow>(p, rows, column);
 }
 
 }  // namespace vico::VICO_CPU_ARCH
