@@ -14,7 +14,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc vico_ext _build_backend -type f \
              -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: help demo test lint format bench bench-report gpu install sanitize package clean
+.PHONY: help reproduce reproduce-fast demo test lint format bench bench-report gpu install sanitize package clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -70,6 +70,18 @@ bench: $(VENV)/.tools
 	mkdir -p bench/results
 	$(BIN)/pytest bench -q --benchmark-json=bench/results/cpu.json
 	$(BIN)/python bench/report.py
+
+$(VENV)/.reproduce: $(VENV)/.installed
+	$(PIP) install --quiet ".[reproduce]"
+	@touch $@
+
+## make reproduce       ViCO from nothing: a reference, then three seeds of both stages, tables and plots in runs/reproduce
+reproduce: $(VENV)/.reproduce
+	$(BIN)/python -m reproduce.run --out runs/reproduce
+
+## make reproduce-fast  one seed of both stages from the reference that ships, in runs/reproduce-fast
+reproduce-fast: $(VENV)/.reproduce
+	$(BIN)/python -m reproduce.run --fast --out runs/reproduce-fast
 
 ## make gpu       on a machine with a GPU: build, conformance, tests, sanitizers, benchmarks in nine minutes; uses the
 ##                python3 that has torch, installs nothing, and records in bench/results/gpu.json

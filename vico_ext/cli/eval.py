@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(f"policies: {error}") from error
     config = CheckpointFiles(options.model).config()
     policies = {spec.text: spec.build(config) for spec in specs}
-    model, has_flash = load_model(options.model, load_dtype(options), options.seed)
+    model, has_flash = load_model(options.model, load_dtype(options), options.seed, options.attention)
     if not has_flash:
         raise CliError(f"{options.model} has no router: train one with `vico train`")
     samples = read_data(options, model.config, measure=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    reference = load_reference(model, options.reference, load_dtype(options)).to(device)
+    reference = load_reference(model, options.reference, load_dtype(options), options.attention).to(device)
     bar: Any = tqdm(unit="batch", disable=None)
 
     def progress(name: str, done: int, total: int) -> None:

@@ -70,7 +70,9 @@ class Evaluation:
     """Runs a model over data under several routings.
 
     A conversation is a call: a policy decides about its tiles alone, whatever else is in the batch. Random routings
-    choose as many tiles as a policy did, from all of the data.
+    choose as many tiles as a policy did, from all of the data. After :meth:`run`, ``decisions`` has each routing's
+    decision about all tiles in order, ``[T]`` bool, and ``outcomes`` which conversations it answered exactly, ``[C]``
+    bool.
 
     Args:
         model: a patched model with Flash weights, on its device, in evaluation mode.
@@ -79,14 +81,23 @@ class Evaluation:
         policies: by name.
         options: of the evaluation.
         progress: called with each micro-batch's number of items and the number of all.
+        routings: further decisions by name, ``[T]`` bool each, about all tiles of the data in order: what else to
+            compare the policies with.
+
+    Raises:
+        ValueError: from :meth:`run`, a routing of another number of tiles, or of a name that a policy has.
     """
 
     def __init__(
         self, model: Any, reference: Reference, samples: Samples, policies: Mapping[str, RoutingPolicy],
         options: EvalOptions, progress: Callable[[str, int, int], None] = lambda *_: None,
+        routings: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.reference, self.samples = model, reference, samples
         self.policies, self.options, self.progress = policies, options, progress
+        self.routings = dict(routings or {})
+        self.decisions: Decisions = {}
+        self._exact: dict[str, list[Tensor]] = {}
         self.device = next(model.parameters()).device
         self.problems: list[Problem] = list(samples.corpus.problems)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16")
@@ -94,7 +105,8 @@ class Evaluation:
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """The report's part on routings, by name."""
-        decisions = self._decisions()
+        self.decisions = decisions = self._decisions()
+        self._exact = {name: [] for name in decisions}
         routings = {name: _Routing() for name in decisions}
         start = 0
         for batch in self._batches("answers"):
@@ -107,6 +119,11 @@ class Evaluation:
                 with self.autocast:
                     routings[name].prompts_per_s[str(size)] = self._throughput(name, size)
         return {name: self._entry(routing) for name, routing in routings.items()}
+
+    @property
+    def outcomes(self) -> Decisions:
+        """Which conversations each routing answered exactly, ``[C]`` bool, in the order of the data."""
+        return {name: torch.cat(own) if own else torch.zeros(0, dtype=torch.bool) for name, own in self._exact.items()}
 
     def _batches(self, name: str) -> Iterator[MicroBatch]:
         items, size = len(self.samples.corpus.items), self.options.micro_batch
@@ -134,6 +151,15 @@ class Evaluation:
         for name, own in parts.items():
             decisions[name] = torch.cat(own) if own else torch.zeros(0, dtype=torch.bool)
             decisions[f"random as {name}"] = random_like(decisions[name], self.options.seed)
+        for name, given in self.routings.items():
+            if name in decisions:
+                raise ValueError(f"routings must have names of their own, got {name!r}")
+            if given.dtype != torch.bool or given.shape != (tiles,):
+                raise ValueError(
+                    f"routing {name!r} must be [{tiles}] bool, a decision for each tile of the data, got "
+                    f"{list(given.shape)} {str(given.dtype).removeprefix('torch.')}"
+                )
+            decisions[name] = given.cpu()
         return decisions
 
     def _decide(self, p: Tensor, policy: RoutingPolicy, images: tuple[int, ...]) -> Tensor:
@@ -162,6 +188,7 @@ class Evaluation:
             loss = row_means(F.cross_entropy(logits, targets, reduction="none"), counts)
             _, kl_of_token = answer_divergence(reference, self.reference.head, hidden, self.model.lm_head)
             kl = row_means(kl_of_token, counts)
+            self._exact[name].append(exact.cpu())
             routing = routings[name]
             routing.tiles += plan.tiles
             routing.compressed += plan.compressed_tiles

@@ -43,20 +43,32 @@ def holds_flash(path: str | Path) -> bool:
     return any(root is not None and is_flash_only(root) for root in roots)
 
 
-def load_model(path: str | Path, dtype: torch.dtype, seed: int) -> tuple[Any, bool]:
+def load_model(path: str | Path, dtype: torch.dtype, seed: int, attention: str = "auto") -> tuple[Any, bool]:
     """A patched InternVL, and whether the checkpoint had Flash parts; else they are new, random by ``seed``.
+
+    Args:
+        path: folder of the checkpoint.
+        dtype: of the weights.
+        seed: of new weights.
+        attention: transformers' implementation; auto takes its choice.
 
     Raises:
         OSError, FlashCheckpointError: there is no such checkpoint, or it is damaged.
+        ImportError: what the attention needs is not installed.
     """
     from transformers import AutoModelForImageTextToText
 
-    if holds_flash(path):
-        return load_internvl(path, dtype=dtype), True
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return patch_internvl(model), False
+    has_flash = holds_flash(path)
+    if has_flash:
+        model = load_internvl(path, dtype=dtype)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = patch_internvl(model)
+    if attention != "auto":
+        model.set_attn_implementation(attention)
+    return model, has_flash
 
 
 @torch.no_grad()

@@ -53,6 +53,10 @@ class DataOptions:
     on_bad_record: str = _option("stop", "a malformed line", choices=SKIP_OR_STOP)
     on_unreadable_image: str = _option("stop", "an image that cannot be read", choices=SKIP_OR_STOP)
     precision: str = _option("no", "autocast; bf16 also loads what does not train in bfloat16", choices=("no", "bf16"))
+    attention: str = _option(
+        "auto", "transformers' implementation; auto = its choice; short sequences on a CPU are faster with eager",
+        choices=("auto", "eager", "sdpa", "flash_attention_2"),
+    )  # fmt: skip
     seed: int = _option(0, "of data order, rates, dropout and new weights")
     workers: int = _option(2, "processes per device that load images", low=0, free=True)
 

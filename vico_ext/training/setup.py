@@ -82,7 +82,7 @@ def read_data(options: DataOptions, config: Any, *, questions: int = 0, measure:
 
 def set_up(options: TrainOptions, *, sharded: bool) -> Run:
     """Model, data and stage. ``sharded``: the model will be (FSDP), so that nothing can be shared with a reference."""
-    policy, has_flash = load_model(options.model, load_dtype(options), options.seed)
+    policy, has_flash = load_model(options.model, load_dtype(options), options.seed, options.attention)
     grouped = options.grouping == "length"
     identity = {"model": fingerprint(options.model)["digest"]}
     if isinstance(options, ConsistencyOptions):
@@ -134,12 +134,16 @@ def _consistency(
 
 def _router(options: RouterOptions, policy: Any, sharded: bool) -> RouterModule:
     _mark(policy, trained_names(policy, "router"))
-    reference = load_reference(policy, options.reference, load_dtype(options), share=not sharded)
+    reference = load_reference(
+        policy, options.reference, load_dtype(options), options.attention, share=not sharded
+    )
     _train_in_float32(policy)
     return RouterModule(policy, reference, options)
 
 
-def load_reference(policy: Any, where: str, dtype: torch.dtype, *, share: bool = True) -> Reference:
+def load_reference(
+    policy: Any, where: str, dtype: torch.dtype, attention: str = "auto", *, share: bool = True
+) -> Reference:
     """The reference of a checkpoint folder, or of the policy itself (``self``).
 
     Raises:
@@ -147,7 +151,7 @@ def load_reference(policy: Any, where: str, dtype: torch.dtype, *, share: bool =
     """
     if where == "self":
         return Reference(policy, set(), share=share)
-    other, _ = load_model(where, dtype, 0)
+    other, _ = load_model(where, dtype, 0, attention)
     for name in ("vision_config", "text_config"):
         sizes = [getattr(getattr(model.config, name), "hidden_size", None) for model in (policy, other)]
         if sizes[0] != sizes[1]:
