@@ -19,12 +19,13 @@ from vico_ext.training import ConsistencyOptions, build_options, read_yaml
 from vico_ext.training.batches import BatchOrder, Draw, MicroBatch
 from vico_ext.training.chat import Turn
 from vico_ext.training.consistency import draw_rates
-from vico_ext.training.evaluation import random_like
+from vico_ext.training.evaluation import Evaluation, random_like
 from vico_ext.training.losses import answer_divergence, row_means
 from vico_ext.training.models import connector_64_from_256, load_model
+from vico_ext.training.options import EvalOptions
 from vico_ext.training.records import BadRecordError, parse_record
 from vico_ext.training.router import RatioWindow
-from vico_ext.training.setup import read_data, set_up
+from vico_ext.training.setup import load_reference, read_data, set_up
 from vico_ext.training.trainer import learning_rate, train
 
 for module in ("transformers", "accelerate", "peft"):
@@ -374,3 +375,50 @@ def test_evaluation_leaves_out_bad_lines_or_stops(flash, data, tmp_path, capsys)
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(p["line"], p["kind"]) for p in report["left_out"]] == [(13, "image")]
     assert report["routings"]["all-256"]["rows"] == 12
+
+
+def _evaluation(flash, data, routings):
+    options = EvalOptions(model=str(flash), data=str(data), out="-", throughput_seconds=0, workers=0)
+    model, _ = load_model(flash, torch.float32, 0)
+    samples = read_data(options, model.config, measure=False)
+    policy = {"half": vico_ext.ThresholdPolicy(0.5)}
+    return Evaluation(
+        model.eval(), load_reference(model, "self", torch.float32), samples, policy, options, routings=routings
+    )
+
+
+def test_evaluation_takes_further_routings_and_keeps_outcomes(flash, data):
+    first = _evaluation(flash, data, {})
+    found = first.run()
+    again = _evaluation(flash, data, {"the same": first.decisions["half"], "others": ~first.decisions["half"]})
+    routed = again.run()
+    assert routed["the same"] == routed["half"] == found["half"]
+    assert routed["others"]["visual_tokens"] != routed["half"]["visual_tokens"]
+    for name, entry in routed.items():
+        assert again.outcomes[name].shape == (12,)
+        assert again.outcomes[name].float().mean() == pytest.approx(entry["score"])
+        assert again.decisions[name].float().mean() == pytest.approx(entry["tiles_compressed"])
+
+
+def test_evaluation_refuses_routings_of_other_data(flash, data):
+    decisions = _evaluation(flash, data, {})._decisions()["half"]
+    for given, message in (
+        ({"half": decisions}, "names of their own, got 'half'"),
+        (
+            {"mine": decisions[1:]},
+            rf"routing 'mine' must be \[{len(decisions)}\] bool, .* got \[{len(decisions) - 1}\] bool",
+        ),
+        ({"mine": decisions.float()}, "got .* float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _evaluation(flash, data, given).run()
+
+
+def test_attention_is_transformers_to_choose_or_ours(flash, model):
+    assert load_model(flash, torch.float32, 0)[0].config.text_config._attn_implementation == "sdpa"
+    for path in (flash, model):
+        chosen, _ = load_model(path, torch.float32, 0, "eager")
+        assert chosen.config.text_config._attn_implementation == "eager"
+        assert chosen.config.vision_config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="attention must be one of auto, eager"):
+        EvalOptions(**PATHS, attention="fast")

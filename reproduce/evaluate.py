@@ -177,7 +177,14 @@ def evaluate(
 
     def run(pages: Pages, routings: Mapping[str, Tensor], policies: Mapping[str, Any], seconds: float) -> Any:
         options = _options(
-            EvalOptions, folder, test, micro_batch=64, seed=seed, throughput_batches=(1, 32), throughput_seconds=seconds
+            EvalOptions,
+            folder,
+            test,
+            micro_batch=64,
+            seed=seed,
+            precision="bf16",
+            throughput_batches=(1, 32),
+            throughput_seconds=seconds,
         )
         given = {name: pages.per_question(compress) for name, compress in routings.items()}
         evaluation = Evaluation(model, reference, pages.samples, policies, options, routings=given)
