@@ -102,7 +102,8 @@ def read_pages(model: Any, folder: Path, data: Path) -> Pages:
     grouped = read_data(_options(RouterOptions, folder, data), model.config, questions=99, measure=False)
     p, edges = [], []
     for batch in _batches(grouped, 32):
-        p.append(model.model.vico.probabilities(vision_features(model.model.vision_tower, batch.pixel_values)))
+        pixel_values = batch.pixel_values.to(model.device)
+        p.append(model.model.vico.probabilities(vision_features(model.model.vision_tower, pixel_values)).cpu())
         edges.append(edge_density(batch.pixel_values))
     page = torch.tensor([images.index(line["image"]) for line in lines])
     return Pages(samples, lines, page, torch.cat(p), torch.cat(edges))
@@ -114,7 +115,7 @@ def loss_ratios(model: Any, reference: Reference, folder: Path, data: Path) -> T
     options = _options(RouterOptions, folder, data, questions=99, flip_batch=200)
     judge = RouterModule(model, reference, options)
     samples = read_data(options, model.config, questions=99, measure=False)
-    return torch.cat([judge(batch, phase="ratios")["ratios"] for batch in _batches(samples, 8)])
+    return torch.cat([judge(batch.to(model.device), phase="ratios")["ratios"].cpu() for batch in _batches(samples, 8)])
 
 
 def _routings(pages: Pages, thresholds: Mapping[str, float], ratios: Tensor, seed: int) -> dict[str, Tensor]:
@@ -171,8 +172,9 @@ def evaluate(
         throughput_seconds: least time of each timing of the first token; 0: none.
     """
     model, _ = load_model(folder, torch.float32, 0, "eager")
-    model.eval()
-    reference = load_reference(model, str(reference_folder), torch.float32, "eager")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    reference = load_reference(model, str(reference_folder), torch.float32, "eager").to(device)
     tokens = tokens_per_tile(model.config)
 
     def run(pages: Pages, routings: Mapping[str, Tensor], policies: Mapping[str, Any], seconds: float) -> Any:
@@ -210,7 +212,7 @@ def evaluate(
 
     before, _ = load_model(reference_folder, torch.float32, 0, "eager")
     average_connector(before)
-    model = before.eval()  # the same pages, answered by the reference itself
+    model = before.to(device).eval()  # the same pages, answered by the reference itself
     found, more = run(pages, {}, {}, 0)
     for name, from_name in (("reference", ALL_WHOLE), ("all-64 before", ALL_COMPRESSED)):
         outcomes[name] = more[from_name]

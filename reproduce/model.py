@@ -99,5 +99,5 @@ def _place_patches(embeddings: Tensor) -> None:
 
 def normalised(pixels: Tensor) -> Tensor:
     """Pixel values ``[n, 3, S, S]`` of uint8 pixels ``[n, S, S, 3]``, as :func:`vico_ext.tiling.tile_image` does."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    mean, std = (torch.tensor(own, device=pixels.device) for own in (IMAGENET_MEAN, IMAGENET_STD))
     return ((pixels.float() / 255 - mean) / std).movedim(-1, 1).contiguous()

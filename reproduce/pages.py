@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,11 @@ class PageBatch:
     answer: Tensor
     pages: tuple[Page, ...]
 
+    def to(self, device: torch.device) -> PageBatch:
+        """The same with its tensors there, but for the tiles' numbers."""
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "predict", "targets", "answer")}
+        return replace(self, **moved)
+
 
 class Chats:
     """Encodes pages as :class:`ChatEncoder` does their conversations, each pair of turns once.
@@ -177,7 +182,7 @@ def answer_logits(model: Any, batch: PageBatch, visual_tokens: Tensor) -> Tensor
 
 def right_answers(logits: Tensor, batch: PageBatch) -> list[tuple[Page, Asked, bool]]:
     """Of each question: its page, itself, and whether every token of its answer has the largest logit."""
-    wrong = torch.zeros(int(batch.answer.max()) + 1, dtype=torch.bool)
+    wrong = torch.zeros(int(batch.answer.max()) + 1, dtype=torch.bool, device=logits.device)
     missed = logits.argmax(-1) != batch.targets[batch.predict]
     wrong[batch.answer[batch.predict][missed]] = True
     asked = [(page, one) for page in batch.pages for one in page.asked]

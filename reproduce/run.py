@@ -26,10 +26,10 @@ __all__ = ["main"]
 # something to read, and whether a page's questions are one conversation. The router's labels are a percentile over its
 # pages, so those are as they come.
 PAGES: dict[str, tuple[str, int, int, float, bool]] = {
-    "stage1": ("train", 24_960, 4000, 0.4, True),
-    "stage2": ("train", 24_960, 2000, 0.0, True),
-    "validation": ("validation", 2496, 256, 0.0, False),
-    "test": ("test", 4992, 384, 0.0, False),
+    "stage1": ("train", 25_920, 4000, 0.4, True),
+    "stage2": ("train", 25_920, 2000, 0.0, True),
+    "validation": ("validation", 2592, 256, 0.0, False),
+    "test": ("test", 5184, 384, 0.0, False),
 }
 
 

@@ -35,8 +35,14 @@ def copy_model(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.suffix == ".json":
             shutil.copy(path, target)
+    # The name that transformers 4 and 5 both know; 5 writes one that 4 does not.
+    named = target / "tokenizer_config.json"
+    about = json.loads(named.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    named.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     weights = load_file(source / "model.safetensors")
-    save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, target / "model.safetensors", {"format": "pt"})
+    path = target / "model.safetensors"
+    save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, path, {"format": "pt"})
+    path.chmod(0o644)
 
 
 def copy_pages(test: Path, target: Path) -> None:

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--banks", type=Path, help="where rendered tiles are kept; by default OUT/banks")
     parser.add_argument("--size", choices=sorted(SIZES), default="laptop")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches; the data are the same")
-    parser.add_argument("--tiles", type=int, default=24_960, help="rendered for training")
+    parser.add_argument("--tiles", type=int, default=25_920, help="rendered for training")
     parser.add_argument("--sheets", type=int, default=16_000, help="tiles full of print, for the ViT")
     parser.add_argument("--vit-steps", type=int, default=2200)
     parser.add_argument("--steps", type=int, default=1700, help="of connector and language model, at most")
@@ -58,9 +58,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     log, cache = Log(args.out / "log.jsonl"), args.banks or args.out / "banks"
     banks = {"train": Bank.cached("train", args.tiles, 0, cache)}
-    banks |= {split: Bank.cached(split, 2496, 0, cache) for split in SPLITS}
+    banks |= {split: Bank.cached(split, 2592, 0, cache) for split in SPLITS}
 
-    model = make_model(SIZES[args.size], args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(SIZES[args.size], args.seed).to(device)
     tower, kept = model.model.vision_tower, args.out / "vit.safetensors"
     if kept.exists():
         tower.load_state_dict(load_file(kept))

@@ -26,12 +26,13 @@ PAD, END, IMAGE = VOCABULARY["<pad>"], VOCABULARY["<|im_end|>"], VOCABULARY["<IM
 
 def make_tokenizer() -> Any:
     """A tokenizer of transformers with InternVL's special tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token="<unk>"))
     pattern = "|".join(phrase.replace("?", r"\?") for phrase in _PHRASES) + r"|[\s\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in _MARKS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>"

@@ -72,22 +72,32 @@ def train_vit(
     log: Callable[[dict[str, Any]], None],
     every: int = 50,
 ) -> Heads:
-    """Trains the tower in place; gives back the heads that read it.
+    """Trains the tower in place, on its device; gives back the heads that read it.
 
-    Two fifths of a batch are tiles with fine print, three tenths have large letters.
+    Args:
+        tower: an InternVL vision model.
+        bank: tiles of pages.
+        sheets: tiles full of print.
+        steps: of the optimizer.
+        batch: tiles of a step.
+        share: of sheets among them.
+        peak: learning rate.
+        seed: of the heads and of which tiles.
+        log: called every ``every`` steps with means over these.
     """
+    device = next(tower.parameters()).device
     answers, sizes = coarse_targets(bank)
     glyphs, pixels = torch.from_numpy(bank.glyphs), torch.from_numpy(bank.pixels)
     sheet_glyphs, sheet_pixels = torch.from_numpy(sheets.glyphs), torch.from_numpy(sheets.pixels)
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = Heads(tower.config.hidden_size, sizes)
+        heads = Heads(tower.config.hidden_size, sizes).to(device)
     optimizers = Optimizers([*tower.named_parameters(), *heads.named_parameters()], peak)
     on_sheets = round(batch * share)
     side = SIDE // PATCH
-    places = torch.arange(side * side)[None]
-    weight = torch.ones(len(GLYPHS) + 1)
+    places = torch.arange(side * side, device=device)[None]
+    weight = torch.ones(len(GLYPHS) + 1, device=device)
     weight[NO_GLYPH] = 0.1  # most patches are empty
     tower.config._attn_implementation = "eager"
     tower.train()
@@ -95,14 +105,14 @@ def train_vit(
     for step in range(steps):
         chosen = torch.from_numpy(rng.integers(len(bank), size=batch - on_sheets))
         sheet = torch.from_numpy(rng.integers(len(sheets), size=on_sheets))
-        shown = torch.cat([pixels[chosen], sheet_pixels[sheet]])
-        truth = torch.cat([glyphs[chosen], sheet_glyphs[sheet]]).long()
-        with torch.autocast("cpu", torch.bfloat16):
+        shown = torch.cat([pixels[chosen], sheet_pixels[sheet]]).to(device)
+        truth = torch.cat([glyphs[chosen], sheet_glyphs[sheet]]).long().to(device)
+        asked = torch.cat([answers[chosen], torch.full((on_sheets, answers.shape[1]), -100)]).to(device)
+        tabs = (torch.cat([chosen, sheet]) % len(TABS)).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             tokens = tower(pixel_values=normalised(shown))[0][:, 1:]
         read, *said = heads(tokens.float())
         glyph_loss = F.cross_entropy(read.flatten(0, 1), truth.flatten(), weight, ignore_index=UNREAD)
-        asked = torch.cat([answers[chosen], torch.full((on_sheets, answers.shape[1]), -100)])
-        tabs = torch.cat([chosen, sheet]) % len(TABS)
         truths = (places // side, places % side, tabs[:, None])
         where = [_per_patch(logits, own) for logits, own in zip(said[:3], truths, strict=True)]
         coarse = [_per_patch(logits, asked[:, i, None]) for i, logits in enumerate(said[3:])]
@@ -127,9 +137,11 @@ def features(tower: Any, bank: Bank, batch: int = 256) -> Tensor:
     """The tower's last hidden state of every tile of a bank, ``[n, 1 + 64, V]`` in bfloat16."""
     tower.eval()
     pixels = torch.from_numpy(bank.pixels)
-    with torch.autocast("cpu", torch.bfloat16):
+    device = next(tower.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16):
         parts = [
-            tower(pixel_values=normalised(pixels[i : i + batch]))[0].bfloat16() for i in range(0, len(bank), batch)
+            tower(pixel_values=normalised(pixels[i : i + batch].to(device)))[0].bfloat16().cpu()
+            for i in range(0, len(bank), batch)
         ]
     return torch.cat(parts)
 
@@ -139,8 +151,9 @@ def glyph_accuracy(tower: Any, heads: Heads, bank: Bank, batch: int = 256) -> di
     """Share of digits and of letters that the patches name right, by kind of tile."""
     tower.eval()
     pixels, glyphs = torch.from_numpy(bank.pixels), torch.from_numpy(bank.glyphs).long()
+    device = next(tower.parameters()).device
     best = torch.cat([
-        heads(tower(pixel_values=normalised(pixels[i : i + batch]))[0][:, 1:])[0].argmax(-1)
+        heads(tower(pixel_values=normalised(pixels[i : i + batch].to(device)))[0][:, 1:])[0].argmax(-1).cpu()
         for i in range(0, len(bank), batch)
     ])  # fmt: skip
     known = (glyphs >= 0) & (glyphs < NO_GLYPH)
