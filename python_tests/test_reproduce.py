@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +17,12 @@ pytest.importorskip("font_lato", reason="the reproduction's fonts: pip install '
 from reproduce import fonts
 from reproduce.bank import FAMILIES, GLYPHS, SPLITS, STYLES, Bank, style_of, words_of
 from reproduce.drawing import TABS
+from reproduce.evaluate import edge_density, kept_share, threshold_for
 from reproduce.export import write_pages
 from reproduce.model import SIZES, make_model, normalised
 from reproduce.pages import Chats, Pages, answer_logits, right_answers
 from reproduce.reader import visual_tokens
+from reproduce.stages import call
 from reproduce.tokens import IMAGE, make_tokenizer
 from vico_ext.training.chat import ChatEncoder, Turn
 from vico_ext.training.records import Corpus, Tiling
@@ -129,3 +133,47 @@ def test_exported_pages_come_back_as_the_same_tiles_and_questions(
         torch.testing.assert_close(cut, normalised(torch.from_numpy(bank.pixels)[list(page.tiles)]), rtol=0, atol=1e-6)
         for record in records:
             assert chats.encoder.tokenizer.unk_token_id not in chats.encoder.encode(record.turns, [4]).input_ids
+
+
+def test_thresholds_keep_their_budget_and_edges_see_print() -> None:
+    p = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    for budget in (0.3, 0.5, 0.9):
+        compress = p >= threshold_for(p, budget, (16, 4))
+        assert kept_share(compress, (16, 4)) == pytest.approx(budget, abs=1e-3)
+    assert kept_share(torch.ones(8, dtype=torch.bool), (16, 4)) == 0.25
+    plain, striped = torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)
+    striped[:, :, ::2] = 1
+    assert edge_density(torch.stack([plain, striped])).tolist() == [0, 1]
+
+
+def test_a_failed_stage_says_where_its_words_are(tmp_path: Path) -> None:
+    log = tmp_path / "deep" / "log.txt"
+    with pytest.raises(RuntimeError, match=r"vico_ext ended with 2: what it said is in .*log\.txt"):
+        call(["vico_ext", "train", "consistency", "--model", tmp_path], log, 1)
+    assert "data is missing" in log.read_text()
+
+
+@pytest.mark.slow
+def test_the_whole_of_it_runs_and_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reproduce.run", "--smoke", "--out", str(tmp_path), "--seeds", "3", "--cores", "1"]
+    root = Path(__file__).resolve().parents[1]
+
+    def run() -> str:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "stage 0: training the reference" in run()
+    results = json.loads((tmp_path / "seed-3" / "results.json").read_text())
+    assert results["routings"]["reference"]["tokens_kept"] == 1
+    assert results["routings"]["all-64"]["tokens_kept"] == 0.25
+    chosen = results["routings"]["ViR chosen"]["tokens_kept"]
+    for rival in ("random", "edges", "oracle"):
+        assert results["routings"][f"{rival} as ViR chosen"]["tokens_kept"] == chosen
+    report = (tmp_path / "report.md").read_text()
+    assert "does not hold" in report  # two steps teach nothing
+    for picture in ("tradeoff", "families", "kinds", "throughput", "losses", "samples"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 5000
+    (tmp_path / "seed-3" / "results.json").unlink()  # as if it had been interrupted in the evaluation
+    assert "stage 0" not in run()
+    assert json.loads((tmp_path / "seed-3" / "results.json").read_text())["chosen"] == results["chosen"]

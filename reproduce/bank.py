@@ -24,7 +24,7 @@ SPLITS = {"train": 1, "seen": 2, "validation": 3, "test": 4}
 PATCHES = (SIDE // PATCH) ** 2  # of a tile
 GLYPHS = "0123456789abcdefghijklmnopqrstuvwxyz"
 NO_GLYPH, UNREAD = len(GLYPHS), -100
-STYLES = 36  # per family and split
+STYLES = 26  # per family and split
 
 # What the tiles of a family's pages show, and how often. A quarter of all has something to read, as much of it as a
 # page's questions are about.

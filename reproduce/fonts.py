@@ -32,22 +32,15 @@ _FAMILIES: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "dejavu-serif": ("matplotlib", 0.95, ("DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf")),
     "stix": ("matplotlib", 1.15, ("STIXGeneral.ttf", "STIXGeneralBol.ttf")),
     "computer-modern": ("matplotlib", 1.15, ("cmtt10.ttf", "cmr10.ttf", "cmss10.ttf", "cmb10.ttf")),
-    "roboto": ("font_roboto", 1.0, (
-        "Roboto-Light.ttf", "Roboto-Regular.ttf", "Roboto-Medium.ttf", "Roboto-Bold.ttf", "Roboto-Black.ttf",
-    )),
-    "lato": ("font_lato", 1.05, ("Lato-Light.ttf", "Lato-Regular.ttf", "Lato-Bold.ttf", "Lato-Black.ttf")),
+    "roboto": ("font_roboto", 1.0, ("Roboto-Regular.ttf", "Roboto-Medium.ttf", "Roboto-Bold.ttf")),
+    "lato": ("font_lato", 1.05, ("Lato-Regular.ttf", "Lato-Bold.ttf")),
     "source-sans": ("font_source_sans_pro", 1.2, (
-        "SourceSansPro-Light.ttf", "SourceSansPro-Regular.ttf", "SourceSansPro-Semibold.ttf", "SourceSansPro-Bold.ttf",
-        "SourceSansPro-Black.ttf",
+        "SourceSansPro-Regular.ttf", "SourceSansPro-Semibold.ttf", "SourceSansPro-Bold.ttf",
     )),
     "source-serif": ("font_source_serif_pro", 1.15, (
-        "SourceSerifPro-Light.ttf", "SourceSerifPro-Regular.ttf", "SourceSerifPro-Semibold.ttf",
-        "SourceSerifPro-Bold.ttf", "SourceSerifPro-Black.ttf",
+        "SourceSerifPro-Regular.ttf", "SourceSerifPro-Semibold.ttf", "SourceSerifPro-Bold.ttf",
     )),
-    "red-hat": ("font_rhd", 1.0, (
-        "RedHatDisplay-Light.ttf", "RedHatDisplay-Regular.ttf", "RedHatDisplay-Medium.ttf", "RedHatDisplay-Bold.ttf",
-        "RedHatDisplay-Black.ttf",
-    )),
+    "red-hat": ("font_rhd", 1.0, ("RedHatDisplay-Regular.ttf", "RedHatDisplay-Medium.ttf", "RedHatDisplay-Bold.ttf")),
     "hanken": ("font_hanken_grotesk", 1.0, ("HankenGrotesk-Regular.otf", "HankenGrotesk-SemiBold.otf")),
     "caladea": ("font_caladea", 1.1, ("Caladea-Regular.ttf", "Caladea-Bold.ttf")),
     "manrope": ("font_manrope", 1.0, ("Manrope-Regular.ttf", "Manrope-Bold.ttf")),

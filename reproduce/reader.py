@@ -40,6 +40,9 @@ class Lesson:
         cooldown: steps.
         noise: that is added to the ViT's features, in their standard deviations: fonts that the model never saw look
             a little different to the ViT, and the reader should not mind.
+        patience: steps after which a model that reads less than ``started`` is given up: whether reading sets in early
+            depends on the weights that it starts from.
+        started: share of questions to read that are answered right.
     """
 
     batch: int = 24
@@ -51,6 +54,8 @@ class Lesson:
     cooldown: int = 300
     warmup: int = 40
     noise: float = 0.3
+    patience: int = 600
+    started: float = 0.15
 
 
 def visual_tokens(model: Any, features: Tensor) -> Tensor:
@@ -68,8 +73,8 @@ def train_reader(
     seed: int,
     log: Callable[[dict[str, Any]], None],
     every: int = 25,
-) -> bool:
-    """One lesson; gives back whether its target was reached."""
+) -> bool | None:
+    """One lesson; gives back whether its target was reached, or None where it was given up."""
     frozen = (".vision_tower.", ".vico.")
     trained = [(name, p) for name, p in model.named_parameters() if not any(part in name for part in frozen)]
     optimizers = Optimizers(trained, lesson.peak)
@@ -106,6 +111,8 @@ def train_reader(
         }
         if not reached and len(windows[len(TABS)]) == every and min(means[len(TABS)][1:]) >= lesson.target:
             reached, ends = True, min(ends, step + lesson.cooldown)
+        if step == lesson.patience and means[len(TABS)][1] < lesson.started:
+            return None
         if step % every == 0 or step == ends:
             found = {f"{tiles} tiles": [round(value, 4) for value in own] for tiles, own in means.items()}
             log({"stage": "0b", "step": step, **found, "cpu_s": round(time.process_time(), 1)})

@@ -47,10 +47,11 @@ def main() -> None:
     parser.add_argument("--banks", type=Path, help="where rendered tiles are kept; by default OUT/banks")
     parser.add_argument("--size", choices=sorted(SIZES), default="laptop")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches; the data are the same")
-    parser.add_argument("--tiles", type=int, default=25_920, help="rendered for training")
+    parser.add_argument("--tiles", type=int, default=24_960, help="rendered for training")
     parser.add_argument("--sheets", type=int, default=16_000, help="tiles full of print, for the ViT")
     parser.add_argument("--vit-steps", type=int, default=2200)
     parser.add_argument("--steps", type=int, default=1700, help="of connector and language model, at most")
+    parser.add_argument("--attempts", type=int, default=4, help="at stage 0b, each from other weights")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -58,7 +59,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     log, cache = Log(args.out / "log.jsonl"), args.banks or args.out / "banks"
     banks = {"train": Bank.cached("train", args.tiles, 0, cache)}
-    banks |= {split: Bank.cached(split, 2592, 0, cache) for split in SPLITS}
+    banks |= {split: Bank.cached(split, 2496, 0, cache) for split in SPLITS}
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(SIZES[args.size], args.seed).to(device)
@@ -77,10 +78,18 @@ def main() -> None:
 
     tokenizer = make_tokenizer()
     chats = Chats(ChatEncoder(tokenizer, IMAGE, model.config.image_seq_length))
-    lesson = Lesson(steps=args.steps)
-    reached = train_reader(
-        model, Pages(banks["train"], args.seed, readable=0.5), seen["train"], chats, lesson, seed=args.seed, log=log
-    )
+    lesson, sight = Lesson(steps=args.steps), tower.state_dict()
+    for attempt in range(args.attempts):
+        if attempt:
+            model = make_model(SIZES[args.size], args.seed + 1000 * attempt).to(device)
+            model.model.vision_tower.load_state_dict(sight)
+        pages = Pages(banks["train"], args.seed, readable=0.5)
+        reached = train_reader(model, pages, seen["train"], chats, lesson, seed=args.seed, log=log)
+        if reached is not None:
+            break
+        log({"stage": "0b", "given up": attempt + 1})
+    else:
+        raise SystemExit(f"the model did not begin to read in {args.attempts} attempts: try another --seed")
     for split in SPLITS:
         score = evaluate(model, Pages(banks[split], 0), seen[split], chats)
         log({"stage": "0b", "split": split, "reached": reached, "score": score, "cpu_s": round(time.process_time(), 1)})
