@@ -1,5 +1,5 @@
 # Everything a fresh machine needs is python3, a C++ compiler and make.
-#   make demo    the main job on real images, pictures and table
+#   make demo    a trained model on pages, the main job on real images: pictures and tables
 #   make test    the test suite
 #   make help    the rest
 
@@ -35,7 +35,7 @@ $(VENV)/.tools: $(VENV)/.installed
 ## make install   a virtual environment in .venv with torch and vico_ext
 install: $(VENV)/.installed
 
-## make demo      real images through a small InternVL: tokens, times, pictures in out/demo
+## make demo      a small trained Flash on pages, real images through a small InternVL: tokens, times, pictures in out/demo
 demo: $(VENV)/.installed
 	cd / && $(abspath $(BIN))/vico demo --out $(abspath $(OUT))
 
@@ -77,11 +77,11 @@ $(VENV)/.reproduce: $(VENV)/.installed
 
 ## make reproduce       ViCO from nothing: a reference, then three seeds of both stages, tables and plots in runs/reproduce
 reproduce: $(VENV)/.reproduce
-	$(BIN)/python -m reproduce.run --out runs/reproduce
+	cd examples && $(abspath $(BIN))/python -m reproduce.run --out ../runs/reproduce
 
 ## make reproduce-fast  one seed of both stages from the reference that ships, in runs/reproduce-fast
 reproduce-fast: $(VENV)/.reproduce
-	$(BIN)/python -m reproduce.run --fast --out runs/reproduce-fast
+	cd examples && $(abspath $(BIN))/python -m reproduce.run --fast --out ../runs/reproduce-fast
 
 ## make gpu       on a machine with a GPU: build, conformance, tests, sanitizers, benchmarks in nine minutes; uses the
 ##                python3 that has torch, installs nothing, and records in bench/results/gpu.json

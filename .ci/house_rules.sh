@@ -17,10 +17,10 @@ bare=$(grep -rnE '(^|[^A-Za-z0-9_])(asm|__asm|__asm__)([^A-Za-z0-9_]|$)|__shared
   grep -vE '^csrc/(common|cuda_on_host)/' | grep -vE '^[^:]*:[0-9]*: *//')
 [ -n "$bare" ] && say 'bare asm or __shared__ outside the wrappers:' "$bare"
 
-pickled=$(grep -rnE 'torch\.load\(|import pickle|pickle\.loads?\(' vico_ext reproduce)
+pickled=$(grep -rnE 'torch\.load\(|import pickle|pickle\.loads?\(' vico_ext examples)
 [ -n "$pickled" ] && say 'something is unpickled:' "$pickled"
 
-long=$(git ls-files 'csrc/*' 'vico_ext/*' 'reproduce/*' 'python_tests/*' 'bench/*' | grep -E '\.(py|h|hpp|cc|cpp|cu|cuh)$' |
+long=$(git ls-files 'csrc/*' 'vico_ext/*' 'examples/*' 'python_tests/*' 'bench/*' | grep -E '\.(py|h|hpp|cc|cpp|cu|cuh)$' |
   xargs wc -l | awk '$2 != "total" && $1 > 500 {print $1, $2}')
 [ -n "$long" ] && say 'files over 500 lines:' "$long"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 pytest.importorskip("font_lato", reason="the reproduction's fonts: pip install 'vico_ext[reproduce]'")
 
 from reproduce import fonts
@@ -156,7 +156,7 @@ def test_a_failed_stage_says_where_its_words_are(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_of_it_runs_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reproduce.run", "--smoke", "--out", str(tmp_path), "--seeds", "3", "--cores", "1"]
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[1] / "examples"
 
     def run() -> str:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)

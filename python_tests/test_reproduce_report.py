@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 pytest.importorskip("matplotlib", reason="the reproduction's pictures: pip install 'vico_ext[demo]'")
 
 from reproduce.report import verdicts, write_report

@@ -24,7 +24,7 @@ from reproduce.stages import TILES
 
 __all__ = ["SMALL", "main"]
 
-SMALL = Path(__file__).parents[1] / "vico_ext" / "data" / "small"
+SMALL = Path(__file__).parents[2] / "vico_ext" / "data" / "small"
 
 
 def copy_model(source: Path, target: Path) -> None:
