@@ -351,7 +351,20 @@ def test_save_refuses_to_replace_unless_told(checkpoint):
     connector, router = tiny_weights()
     save_flash(checkpoint, connector, router, overwrite=True)
     assert not (checkpoint / "model.safetensors.index.json").exists()
+    assert [path.name for path in checkpoint.glob("*.safetensors")] == ["model.safetensors"]  # no shard is left
     assert_same(load_flash(checkpoint).router, router)
+
+
+def test_saving_again_takes_away_the_shards_that_it_replaces_and_nothing_else(checkpoint):
+    save_flash(checkpoint, *tiny_weights(), overwrite=True, max_shard_size="20KB")
+    many = {path.name for path in checkpoint.glob("model-*.safetensors")}
+    (checkpoint / "mine.safetensors").write_bytes(b"")
+    save_flash(checkpoint, *tiny_weights(), overwrite=True, max_shard_size="100KB")
+    left = {path.name for path in checkpoint.glob("model-*.safetensors")}
+    assert 1 < len(left) < len(many)
+    assert not left & many
+    assert (checkpoint / "mine.safetensors").exists()
+    load_flash(checkpoint)
 
 
 @pytest.mark.parametrize("max_shard_size", ["20KB", "5GB"])

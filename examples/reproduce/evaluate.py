@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reproduce.stages import TILES
+from vico_ext._files import replacing
 from vico_ext.routing import ThresholdPolicy
 from vico_ext.training.batches import Draw, MicroBatch, Samples, loader
 from vico_ext.training.evaluation import ALL_COMPRESSED, ALL_WHOLE, Evaluation, random_like
@@ -229,7 +230,8 @@ def evaluate(
     right = {name: outcomes[name].to(torch.uint8) for name in entries}
     save_file({**right, "page": pages.page}, out / "outcomes.safetensors")
     save_file({name: compress.clone() for name, compress in routings.items()}, out / "decisions.safetensors")
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with replacing(out / "results.json") as path:  # last: whoever finds it finds all
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from reproduce.bank import Bank
 from reproduce.drawing import SIDE
 from reproduce.pages import Asked, Page, Pages
+from vico_ext._files import replacing
 
 __all__ = ["page_image", "write_pages"]
 
@@ -57,7 +58,8 @@ def write_pages(folder: Path, pages: Pages, count: int, *, questions: int = 8, t
                 for one in page.asked
             ]
     path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 

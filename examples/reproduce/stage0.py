@@ -20,6 +20,7 @@ from reproduce.pages import Chats, Pages
 from reproduce.reader import Lesson, evaluate, train_reader
 from reproduce.tokens import IMAGE, make_tokenizer
 from reproduce.vit import features, glyph_accuracy, train_vit
+from vico_ext._files import replacing
 from vico_ext.training.chat import ChatEncoder
 
 __all__ = ["main"]
@@ -73,7 +74,8 @@ def main() -> None:
         del sheets
         for split in SPLITS:
             log({"stage": "0a", "split": split, "glyphs": glyph_accuracy(tower, heads, banks[split])})
-        save_file(tower.state_dict(), kept)
+        with replacing(kept) as path:
+            save_file(tower.state_dict(), path)
     seen = {split: features(tower, bank) for split, bank in banks.items()}
 
     tokenizer = make_tokenizer()
@@ -93,8 +95,10 @@ def main() -> None:
     for split in SPLITS:
         score = evaluate(model, Pages(banks[split], 0), seen[split], chats)
         log({"stage": "0b", "split": split, "reached": reached, "score": score, "cpu_s": round(time.process_time(), 1)})
-    tokenizer.save_pretrained(args.out / "model")
-    model.eval().save_pretrained(args.out / "model")  # last: whoever finds the folder finds all of it
+    partial = args.out / "model.partial"
+    tokenizer.save_pretrained(partial)
+    model.eval().save_pretrained(partial)
+    partial.rename(args.out / "model")  # whoever finds the folder finds all of it
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def save_flash(
         config: written as ``config.json``, such as ``{"flash_relative_threshold": 0.3}``.
         extra: further tensors, written under the names they have, such as a vision tower.
         max_shard_size: bytes, or "500MB", "5GB", "2GiB"; a larger checkpoint is sharded with an index.
-        overwrite: replace a checkpoint that the folder already holds, whatever else is in it.
+        overwrite: replace a checkpoint that the folder already holds with all its shards, whatever else is in it.
 
     Returns:
         The folder.
@@ -72,6 +72,7 @@ def save_flash(
         )
 
     path.mkdir(parents=True, exist_ok=True)
+    former = _shard_files(path)
     header = {"format": "pt", **(metadata or {})}
     shards = _shards(tensors, limit)
     with replacing_all(entry_points=[path / name for name in held]) as stage:
@@ -87,7 +88,18 @@ def save_flash(
                 weight_map |= dict.fromkeys(names, shard)
             total = sum(map(_size, tensors.values()))
             _write_json(stage(path / INDEX_NAME), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name in former - _shard_files(path):
+        (path / name).unlink(missing_ok=True)
     return path
+
+
+def _shard_files(path: Path) -> set[str]:
+    """Files of the folder itself that its index names, if it has one that can be read."""
+    try:
+        names = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+        return {name for name in names if Path(name).name == name and name.endswith(".safetensors")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:

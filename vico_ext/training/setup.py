@@ -134,9 +134,7 @@ def _consistency(
 
 def _router(options: RouterOptions, policy: Any, sharded: bool) -> RouterModule:
     _mark(policy, trained_names(policy, "router"))
-    reference = load_reference(
-        policy, options.reference, load_dtype(options), options.attention, share=not sharded
-    )
+    reference = load_reference(policy, options.reference, load_dtype(options), options.attention, share=not sharded)
     _train_in_float32(policy)
     return RouterModule(policy, reference, options)
 
