@@ -181,7 +181,7 @@ def test_unreadable_images_are_reported_and_passed_over(model, pictures, tmp_pat
 
 def test_nothing_readable(model, tmp_path):
     status, report = route(model, tmp_path / "out", tmp_path / "missing.png")
-    assert status == 1
+    assert status == 2
     assert report["totals"] == {**report["totals"], "images": 0, "tokens_saved_share": 0.0}
 
 
@@ -318,6 +318,10 @@ def test_demo(monkeypatch, pictures, tmp_path, capsys):
     status, out, err = vico("demo", "--out", tmp_path, capsys=capsys)
     assert (status, err) == (0, "")
     report = json.loads((tmp_path / "report.json").read_text())
+    trained = report["trained"]
+    assert trained["totals"]["asked"] > 0
+    assert all((tmp_path / page["picture"]).is_file() for page in trained["pages"])
+    assert out.startswith("A trained InternVL Flash of ")
     assert report["untrained"] is True
     assert report["totals"]["tiles_compressed"] == 4 + 0 + 5
     assert report["totals"]["max_difference_tokens"] < 1e-4

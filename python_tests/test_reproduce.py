@@ -22,8 +22,10 @@ from reproduce.export import write_pages
 from reproduce.model import SIZES, make_model, normalised
 from reproduce.pages import Chats, Pages, answer_logits, right_answers
 from reproduce.reader import visual_tokens
+from reproduce.ship import copy_model, copy_pages
 from reproduce.stages import call
 from reproduce.tokens import IMAGE, make_tokenizer
+from vico_ext.integrations import load_internvl
 from vico_ext.training.chat import ChatEncoder, Turn
 from vico_ext.training.records import Corpus, Tiling
 
@@ -174,6 +176,13 @@ def test_the_whole_of_it_runs_and_goes_on(tmp_path: Path) -> None:
     assert "does not hold" in report  # two steps teach nothing
     for picture in ("tradeoff", "families", "kinds", "throughput", "losses", "samples"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
+    copy_model(tmp_path / "seed-3" / "stage2" / "model", tmp_path / "small")
+    assert sum(path.stat().st_size for path in (tmp_path / "small").iterdir()) < 8e6
+    assert load_internvl(tmp_path / "small", dtype="auto").dtype == torch.bfloat16
+    copy_pages(tmp_path / "test" / "data.jsonl", tmp_path / "pages")
+    asked = [json.loads(line) for line in (tmp_path / "pages" / "questions.jsonl").read_text().splitlines()]
+    assert {path.name for path in (tmp_path / "pages").glob("*.png")} == {line["image"] for line in asked}
+    assert len({line["image"] for line in asked}) == len({line["family"] for line in asked})
     (tmp_path / "seed-3" / "results.json").unlink()  # as if it had been interrupted in the evaluation
     assert "stage 0" not in run()
     assert json.loads((tmp_path / "seed-3" / "results.json").read_text())["chosen"] == results["chosen"]

@@ -31,6 +31,17 @@ def test_pictures_of_any_size_stay_within_reason(size, thumbnail):
     assert max(picture.size) < 2000
 
 
+@pytest.mark.parametrize(("side", "blurred"), [(32, False), (400, True)])
+def test_tiny_images_show_their_pixels(side, blurred):
+    """Two colours stay two where pixels are large; else the edge between them is smooth."""
+    image = Image.new("RGB", (side, side), "black")
+    image.paste("white", (side * 13 // 32, 0, side, side))
+    picture = route_picture(image, (1, 1), [0.5], [False], thumbnail=False)
+    across = np.asarray(picture.convert("L"))[64 + 740, 28 + 362 : 28 + 410]  # between two lines of the lattice
+    assert len(np.unique(across)) > 1
+    assert (len(np.unique(across)) > 2) == blurred
+
+
 def test_pictures_need_an_entry_per_tile():
     with pytest.raises(ValueError, match=r"must have 3 entries for grid \(1, 2\), got 2 and 3"):
         route_picture(Image.new("RGB", (2, 1)), (1, 2), [0.5] * 2, [True] * 3, thumbnail=True)

@@ -21,6 +21,7 @@ _PAPER: Color = (250, 250, 249)
 
 _LONGEST = (1150, 950)  # pixels that the picture of the tiles may take, width and height
 _SMALLEST_CELL = 104  # below that no label is legible
+_PIXELS_SHOW = 4  # times that an image is magnified
 _MARGIN = 28
 _PANEL = 316
 _HEADER = 64
@@ -75,13 +76,21 @@ def route_picture(
     draw.text((_MARGIN, 18), left, font=_font(24), fill=_INK)
     draw.text((canvas.width - _MARGIN, 24), heading, font=_font(17), fill=_GRAY, anchor="ra")
 
-    pixels = image.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = _resized(image, width, height)
     for index in range(rows * columns):
         x, y = index % columns * cell_width, index // columns * cell_height
         cell = pixels.crop((x, y, x + cell_width, y + cell_height))
         canvas.paste(_tile(cell, p[index], compress[index], tokens), (_MARGIN + x, _HEADER + y))
     panel.draw_on(canvas, image, width + 2 * _MARGIN, _HEADER)
     return canvas
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """At this size; what is much smaller shows as the pixels that it has, not as a blur."""
+    from PIL import Image
+
+    tiny = width >= _PIXELS_SHOW * image.width and height >= _PIXELS_SHOW * image.height
+    return image.resize((width, height), Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS)
 
 
 def _cell_size(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
@@ -156,11 +165,11 @@ class _Panel:
 
     def draw_on(self, canvas: Image.Image, image: Image.Image, x: int, y: int) -> None:
         """Draws the panel with its upper left corner at (x, y)."""
-        from PIL import Image, ImageDraw
+        from PIL import ImageDraw
 
         draw = ImageDraw.Draw(canvas)
         if self.thumbnail:
-            small = image.resize((self.side, self.side), Image.Resampling.LANCZOS)
+            small = _resized(image, self.side, self.side)
             canvas.paste(_tile(small, self.p[-1], self.compress[-1], self.tokens), (x, y))
             draw.text((x, y + self.side + 8), "thumbnail: the whole image as one tile", font=_font(15), fill=_GRAY)
             y += self.side + 56

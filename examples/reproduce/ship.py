@@ -1,8 +1,8 @@
 """Puts a run's models where the project ships them: ``python -m reproduce.ship runs/reproduce``.
 
 The trained model of the first seed goes to ``vico_ext/data/small`` with a page of each family, for ``vico demo``; the
-reference to ``reproduce/reference``, for ``make reproduce-fast``. Both in bfloat16. The figures in ``made.json`` are
-measured on the files as they ship.
+reference to ``reproduce/reference``, for ``make reproduce-fast``; both in bfloat16. The figures in ``made.json`` are
+measured on the files as they ship. The report and its pictures go to ``docs/reproduction``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reproduce import SHIPPED_REFERENCE
+from reproduce.evaluate import kept_share, read_pages
 from reproduce.stages import TILES
+from vico_ext.training.models import load_model, tokens_per_tile
 
 __all__ = ["SMALL", "main"]
 
-SMALL = Path(__file__).parents[2] / "vico_ext" / "data" / "small"
+ROOT = Path(__file__).parents[2]
+SMALL = ROOT / "vico_ext" / "data" / "small"
 
 
 def copy_model(source: Path, target: Path) -> None:
@@ -61,7 +64,7 @@ def copy_pages(test: Path, target: Path) -> None:
 
 
 def measure(model: Path, reference: Path, test: Path, threshold: float) -> dict[str, float]:
-    """``vico eval`` of the shipped files: share of the reference's score and of its visual tokens."""
+    """Of the shipped files: the score by ``vico eval``, and the share of visual tokens, counted once per page."""
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {
             "model": model, "reference": reference, "data": test, "out": folder, "micro_batch": 64,
@@ -72,7 +75,10 @@ def measure(model: Path, reference: Path, test: Path, threshold: float) -> dict[
         command = [sys.executable, "-m", "vico_ext", "eval", *flags, "--policies", f"threshold:{threshold}"]
         subprocess.run(command, check=True)
         routed = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))["routings"]
-    return {key: routed[f"threshold:{threshold}"][key] for key in ("score", "tokens_kept")}
+    loaded, _ = load_model(model, torch.float32, 0)
+    compress = read_pages(loaded.eval(), model, test).p >= threshold
+    score = routed[f"threshold:{threshold}"]["score"]
+    return {"score": score, "tokens_kept": kept_share(compress, tokens_per_tile(loaded.config))}
 
 
 def main() -> None:
@@ -100,6 +106,10 @@ def main() -> None:
     }  # fmt: skip
     (SMALL / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(made, indent=1))
+    record = ROOT / "docs" / "reproduction"
+    record.mkdir(parents=True, exist_ok=True)
+    for path in [args.run / "report.md", args.run / "summary.json", *args.run.glob("*.png")]:
+        shutil.copy(path, record)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def train_vit(
         digit, letter = (truth >= 0) & (truth < 10), (truth >= 10) & (truth < NO_GLYPH)
         told = torch.cat([(x.argmax(-1) == asked[:, i, None])[asked[:, i] >= 0] for i, x in enumerate(said[3:])])
         right = (x.float().mean().item() for x in ((best == truth)[digit], (best == truth)[letter], told))
-        recent = [*recent[1 - every :], (loss.item(), float(sum(where)), *right)]
+        recent = [*recent[1 - every :], (loss.item(), float(torch.stack(where).sum().detach()), *right)]
         if (step + 1) % every == 0 or step + 1 == steps:
             names = ("loss", "where", "digits", "letters", "coarse")
             means = {

@@ -18,11 +18,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-__all__ = ["CONNECTOR", "HF_PREFIX", "ROUTER", "Key", "is_flash_only", "root_name"]
+__all__ = ["CONNECTOR", "FLASH_ONLY", "HF_PREFIX", "ROUTER", "Key", "is_flash_only", "root_name"]
 
 HF_PREFIX = "model."
 
-_ROOTS = ("mlp1", "mlp2", "multi_modal_projector", "pooling_before_gating", "gating")
+_ADDED = ("mlp2", "pooling_before_gating", "gating")
+_ROOTS = ("mlp1", "multi_modal_projector", *_ADDED)
+# Matches, by re.search, the names of the tensors that Flash adds to InternVL: the second connector and the router.
+FLASH_ONLY = rf"(?:^|\.)(?:{'|'.join(_ADDED)})\."
 _ROOTED = re.compile(rf"(?:^|\.)((?:{'|'.join(_ROOTS)})\..+)$")
 
 

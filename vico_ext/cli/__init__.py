@@ -18,7 +18,7 @@ _DESCRIPTION = """\
 Dynamic visual resolution for InternVL: each image tile gets 256 or 64 visual tokens, whichever a router says is enough.
 
 Start here:
-  vico demo                                       see it work on a few images (random weights, no download)
+  vico demo                                       see it work (a small trained model, no download)
   vico route page.png --model DIR --out routed    which tiles of your image are compressed, with a real checkpoint
   vico train consistency --help                   make a Flash model from your InternVL
   vico convert DIR NEW                            a Flash checkpoint for transformers, or back

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write_json(args.out / "report.json", report)
     _print(images, failed, report["totals"], args.out, note)
-    return 1 if failed else 0
+    return 0 if not failed else 1 if images else 2
 
 
 UNTRAINED = "vico_ext_untrained"
@@ -154,7 +154,7 @@ def require(*modules: str) -> None:
         raise CliError(f"this command needs {', '.join(missing)}: pip install 'vico_ext[cli]'")
 
 
-def read_job(path: Path, tile_size: int, max_tiles: int) -> Job:
+def read_job(path: Path, tile_size: int, max_tiles: int, *, thumbnail: bool = True) -> Job:
     """Opens and cuts one image."""
     from vico_ext.cli.visual_side import stage
     from vico_ext.tiling import open_image, tile_image
@@ -163,7 +163,7 @@ def read_job(path: Path, tile_size: int, max_tiles: int) -> Job:
     with stage(times, "read"):
         image = open_image(path)
     with stage(times, "tile"):
-        tiled = tile_image(image, tile_size=tile_size, max_tiles=max_tiles)
+        tiled = tile_image(image, tile_size=tile_size, max_tiles=max_tiles, thumbnail=thumbnail)
     return Job(path, image, tiled, times)
 
 

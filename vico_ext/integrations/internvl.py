@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vico_ext.checkpoint import FlashWeights, load_flash
 from vico_ext.integrations.internvl_generate import UNKNOWN_PROMPT, CompressedPrompt, generate
+from vico_ext.integrations.internvl_load import flash_tensors_expected
 from vico_ext.integrations.internvl_visual import (
     NO_ROWS_APART,
     Encoded,
@@ -132,8 +133,8 @@ def unpatch_internvl(model: Any) -> Any:
 def load_internvl(path: str | Path, policy: RoutingPolicy | None = None, **options: Any) -> Any:
     """Loads a patched model that was saved by ``save_pretrained``, or any Flash checkpoint in the transformers layout.
 
-    Equivalent to ``patch_internvl(AutoModelForImageTextToText.from_pretrained(path, **options), path, policy)``;
-    transformers reports the ViCO tensors as unexpected on the way, since the first half does not know them.
+    Equivalent to ``patch_internvl(AutoModelForImageTextToText.from_pretrained(path, **options), path, policy)``, except
+    that transformers, whose half does not know the ViCO tensors, does not report them as unexpected on the way.
 
     Args:
         path: checkpoint folder.
@@ -141,7 +142,9 @@ def load_internvl(path: str | Path, policy: RoutingPolicy | None = None, **optio
         options: of ``from_pretrained``.
     """
     transformers = _transformers()
-    return patch_internvl(transformers.AutoModelForImageTextToText.from_pretrained(path, **options), path, policy)
+    with flash_tensors_expected(transformers.InternVLForConditionalGeneration):
+        model = transformers.AutoModelForImageTextToText.from_pretrained(path, **options)
+    return patch_internvl(model, path, policy)
 
 
 def _transformers() -> Any:
