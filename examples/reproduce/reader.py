@@ -101,6 +101,8 @@ def train_reader(
         answers = right_answers(logits.detach(), batch)
         reading = [ok for _, asked, ok in answers if asked.question.skill in READING]
         others = [ok for _, asked, ok in answers if asked.question.skill not in READING]
+        if step > lesson.alone:
+            windows[1].clear()  # there are no more of these, and old means would look like new ones
         windows[len(drawn[0].tiles)].append(
             (loss.item(), sum(reading) / max(1, len(reading)), sum(others) / max(1, len(others)))
         )
