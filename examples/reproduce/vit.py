@@ -116,7 +116,7 @@ def train_vit(
         truths = (places // side, places % side, tabs[:, None])
         where = [_per_patch(logits, own) for logits, own in zip(said[:3], truths, strict=True)]
         coarse = [_per_patch(logits, asked[:, i, None]) for i, logits in enumerate(said[3:])]
-        loss = glyph_loss + 0.3 * sum(where) + 0.4 * sum(coarse)
+        loss = glyph_loss + 0.3 * sum(where) + sum(coarse) / len(coarse)
         optimizers.step(loss, cosine(step, steps, 50))
         best = read.argmax(-1)
         digit, letter = (truth >= 0) & (truth < 10), (truth >= 10) & (truth < NO_GLYPH)
