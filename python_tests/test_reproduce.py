@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,9 +160,13 @@ def test_a_failed_stage_says_where_its_words_are(tmp_path: Path) -> None:
 def test_the_whole_of_it_runs_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reproduce.run", "--smoke", "--out", str(tmp_path), "--seeds", "3", "--cores", "1"]
     root = Path(__file__).resolve().parents[1] / "examples"
+    # conftest keeps the working folder off the path of every child
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
 
     def run() -> str:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
