@@ -322,13 +322,13 @@ def show_trained(trained: dict[str, Any]) -> None:
 
 
 def _examples(pages: Sequence[dict[str, Any]]) -> list[str]:
-    """The longest right answer about a whole tile, that about a compressed one, and the first wrong answer."""
+    """A number read right from a whole tile, the longest right answer from a compressed one, the first wrong answer."""
     asked = [(Path(page["file"]).name, question) for page in pages for question in page["questions"]]
     right = [one for one in asked if one[1]["routed"]["right"]]
     chosen = []
     for tokens in sorted({question["tokens_of_tile"] for _, question in right}, reverse=True):
         own = [one for one in right if one[1]["tokens_of_tile"] == tokens]
-        chosen.append(max(own, key=lambda one: len(one[1]["answer"])))
+        chosen.append(max(own, key=lambda one: (one[1]["answer"].isdecimal(), len(one[1]["answer"]))))
     chosen += [one for one in asked if not one[1]["routed"]["right"]][:1]
     lines = []
     for page, question in chosen:
