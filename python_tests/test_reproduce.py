@@ -22,7 +22,7 @@ from reproduce.evaluate import edge_density, kept_share, threshold_for
 from reproduce.export import write_pages
 from reproduce.model import SIZES, make_model, normalised
 from reproduce.pages import Chats, Pages, answer_logits, right_answers
-from reproduce.reader import visual_tokens
+from reproduce.reader import Lesson, train_reader, visual_tokens
 from reproduce.ship import copy_model, copy_pages
 from reproduce.stages import call
 from reproduce.tokens import IMAGE, make_tokenizer
@@ -136,6 +136,16 @@ def test_exported_pages_come_back_as_the_same_tiles_and_questions(
         torch.testing.assert_close(cut, normalised(torch.from_numpy(bank.pixels)[list(page.tiles)]), rtol=0, atol=1e-6)
         for record in records:
             assert chats.encoder.tokenizer.unk_token_id not in chats.encoder.encode(record.turns, [4]).input_ids
+
+
+@pytest.mark.parametrize(("started", "reached"), [(0.0, False), (1.1, None)])
+def test_a_reader_that_does_not_begin_to_read_is_given_up(bank: Bank, chats: Chats, started, reached) -> None:
+    model, entries = make_model(SIZES["laptop"], 0), []
+    lesson = Lesson(batch=2, alone=1, steps=3, cooldown=1, patience=2, started=started)
+    features = torch.zeros(len(bank), 65, 128, dtype=torch.bfloat16)
+    found = train_reader(model, Pages(bank, 0), features, chats, lesson, seed=0, log=entries.append, every=1)
+    assert found is reached
+    assert [entry["step"] for entry in entries] == ([1, 2, 3] if reached is False else [1])
 
 
 def test_thresholds_keep_their_budget_and_edges_see_print() -> None:
