@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,32 @@ def test_outcomes_of_other_questions_are_refused(run: Path) -> None:
     save_file({**outcomes, CHOSEN: outcomes[CHOSEN][1:]}, run / "seed-1" / "outcomes.safetensors")
     with pytest.raises(ValueError, match=r"wanted 'page' and all \[questions\]"):
         Run.read(run)
+
+
+def test_the_docs_say_what_the_record_says() -> None:
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    if not (docs / "reproduction" / "summary.json").exists():
+        pytest.skip("an sdist has no record")
+    record = json.loads((docs / "reproduction" / "summary.json").read_text(encoding="utf-8"))["routings"]
+    whole = record["reference"]["score"]["value"]
+    text = (docs / "reproduction.md").read_text(encoding="utf-8")
+    rows = {
+        "reference": "reference",
+        "all compressed, before": "all-64 before",
+        "all compressed, after": "all-64",
+        "**ViR, threshold chosen": "ViR chosen",
+        "ViR, p > 0.5": "ViR p>0.5",
+        "random": "random as ViR chosen",
+        "fewest edges first": "edges as ViR chosen",
+        "oracle": "oracle as ViR chosen",
+    }
+    for start, name in rows.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+        cells = [float(re.search(r"[\d.]+", cell).group()) for cell in line.split("|")[2:6]]
+        tokens, score, kl = (record[name][key]["value"] for key in ("tokens_kept", "score", "kl"))
+        assert cells[:3] == pytest.approx([100 * tokens, 100 * score, 100 * score / whole], abs=0.051)
+        assert cells[3] == pytest.approx(kl, abs=0.006)
+    chosen = record["ViR chosen"]
+    readme = " ".join((docs.parent / "README.md").read_text(encoding="utf-8").split())
+    kept, tokens = chosen["score"]["value"] / whole, chosen["tokens_kept"]["value"]
+    assert f"keeps {kept:.1%} of its score with {tokens:.1%} of the visual tokens" in readme

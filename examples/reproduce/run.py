@@ -144,13 +144,18 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reproduce.run", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything written")
-    parser.add_argument("--reference", type=Path, help="start from this reference; by default one is trained")
-    parser.add_argument("--fast", action="store_true", help="start from the reference that ships, one seed")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--reference", type=Path, help="start from this reference; by default one is trained")
+    given.add_argument("--fast", action="store_true", help="start from the reference that ships, one seed")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2; with --fast 0")
-    parser.add_argument("--size", choices=("laptop", "gpu"), default="laptop", help="of the model that is trained")
+    given.add_argument("--size", choices=("laptop", "gpu"), default="laptop", help="of the reference that is trained")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="to use; seeds run side by side")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     args = parser.parse_args()
+    if args.cores < 1:
+        parser.error(f"--cores must be at least 1, got {args.cores}")
+    if args.reference and not (args.reference / "config.json").is_file():
+        parser.error(f"--reference must be a checkpoint folder, {args.reference} has no config.json")
     effort = SMOKE if args.smoke else FULL
     start, out = time.perf_counter(), args.out
     seeds = args.seeds or ([0] if args.fast else [0, 1, 2])

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from reproduce import SHIPPED_REFERENCE
 from reproduce.evaluate import kept_share, read_pages
-from reproduce.stages import TILES
+from reproduce.stages import TILES, flags
 from vico_ext.training.models import load_model, tokens_per_tile
 
 __all__ = ["SMALL", "main"]
@@ -70,9 +70,7 @@ def measure(model: Path, reference: Path, test: Path, threshold: float) -> dict[
             "model": model, "reference": reference, "data": test, "out": folder, "micro_batch": 64,
             "throughput_seconds": 0, "attention": "eager", **TILES,
         }  # fmt: skip
-        flags = [str(part).lower() if isinstance(part, bool) else str(part)
-                 for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
-        command = [sys.executable, "-m", "vico_ext", "eval", *flags, "--policies", f"threshold:{threshold}"]
+        command = [sys.executable, "-m", "vico_ext", "eval", *flags(options), "--policies", f"threshold:{threshold}"]
         subprocess.run(command, check=True)
         routed = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))["routings"]
     loaded, _ = load_model(model, torch.float32, 0)

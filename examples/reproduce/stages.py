@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STAGE1", "STAGE2", "TILES", "call", "environment", "train"]
+__all__ = ["STAGE1", "STAGE2", "TILES", "call", "environment", "flags", "train"]
 
 TILES = {"max_tiles": 4, "thumbnail": False}  # a page is cut into its four tiles, and is no fifth
 FASTER = {"precision": "bf16", "attention": "eager", "tensorboard": False}  # sequences are short
@@ -44,6 +44,14 @@ def call(command: Sequence[Any], log: Path, threads: int) -> None:
         raise RuntimeError(f"python -m {command[0]} ended with {done.returncode}: what it said is in {log}")
 
 
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options by name as the command line takes them."""
+    found = []
+    for name, value in options.items():
+        found += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return found
+
+
 def train(stage: str, out: Path, options: Mapping[str, Any], *, log: Path, threads: int) -> Path:
     """Runs ``vico train STAGE`` into a folder, or what is left of it; gives back the result's folder.
 
@@ -57,8 +65,5 @@ def train(stage: str, out: Path, options: Mapping[str, Any], *, log: Path, threa
     Raises:
         RuntimeError: it failed.
     """
-    flags = []
-    for name, value in {**TILES, **options, "out": out}.items():
-        flags += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
-    call(["vico_ext", "train", stage, *flags], log, threads)
+    call(["vico_ext", "train", stage, *flags({**TILES, **options, "out": out})], log, threads)
     return out / "model"
