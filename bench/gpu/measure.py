@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,41 +37,62 @@ V1024, V3200 = B1, Size("38B", 3200, 5120)
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """The least bytes a case must move per tile, as a function of ViT and language model width."""
+class Measured:
+    """A case and how it is timed."""
 
-    per_tile: Any
+    case: Case
+    queued: bool = False  # an op: the device's time, without the host's for calling it
+    least: Callable[[Size, int], float] | None = None  # bytes that must be moved, by size and tiles
 
-    def of(self, case: Case, size: Size) -> int:
-        return int(self.per_tile(size.vit, size.llm) * case.tiles)
+
+def shuffled(size: Size, tiles: int) -> float:
+    return 2 * 2 * 1024 * size.vit * tiles  # each of 1024 tokens once in, once out, 2 bytes per element
 
 
-# A shuffle reads and writes each of 1024 tokens once, 2 bytes per element; bias_gelu the rows of the first Linear.
-SHUFFLED = Bytes(lambda vit, llm: 2 * 2 * 1024 * vit)
-ACTIVATIONS = Bytes(lambda vit, llm: 2 * 2 * 256 * llm)
-TILES_READ = Bytes(lambda vit, llm: 2 * 1024 * vit)
+def activations(size: Size, tiles: int) -> float:
+    return 2 * 2 * 256 * size.llm * tiles  # the rows of the first Linear
 
-CASES: list[tuple[Case, Bytes | None]] = [
-    (Case("visual_side", B8, 32, cases.visual_side, memory=True), None),
-    (Case("gemms", B8, 32, whole.gemms), None),
-    (Case("visual_side", B1, 32, cases.visual_side, memory=True), None),
-    (Case("gemms", B1, 32, whole.gemms), None),
-    (Case("visual_side_graph", B1, 1, whole.visual_side_graph, rounds=31), None),
-    (Case("visual_side_graph", B8, 1, whole.visual_side_graph, rounds=31), None),
-    (Case("connectors_training", B8, 32, whole.connectors_training, rounds=9, memory=True), None),
-    (Case("normalized_shuffle_2x2", B8, 32, cases.normalized_shuffle(2), rounds=31), SHUFFLED),
-    (Case("normalized_shuffle_4x4", B8, 32, cases.normalized_shuffle(4), rounds=31), SHUFFLED),
-    (Case("normalized_shuffle_2x2", V3200, 32, cases.normalized_shuffle(2), rounds=31), SHUFFLED),
-    (Case("pixel_shuffle_2x2", B8, 32, cases.shuffle(2), rounds=31), SHUFFLED),
-    (Case("bias_gelu", B8, 32, cases.bias_gelu(), rounds=31), ACTIVATIONS),
-    (Case("bias_gelu_training", B8, 32, cases.bias_gelu(training=True), rounds=15), None),
-    (Case("router", V1024, 32, cases.router, rounds=9), None),
-    (Case("router", V3200, 32, cases.router, rounds=9), None),
-    (Case("attention_pool", V1024, 32, cases.attention_pool, rounds=31), TILES_READ),
-    (Case("attention_pool", V3200, 32, cases.attention_pool, rounds=31), TILES_READ),
-    (Case("merge", B8, 32, cases.merge, rounds=21), None),
-    (Case("plan", B8, 32, cases.plan, rounds=31), None),
-    (Case("first_token", B8, 24, whole.first_token, rounds=7), None),
+
+def tokens_read(size: Size, tiles: int) -> float:
+    return 2 * 1024 * size.vit * tiles
+
+
+def weight_read(size: Size, tiles: int) -> float:
+    return 2 * 4 * size.vit * size.vit
+
+
+def op(case: Case, least: Callable[[Size, int], float] | None = None) -> Measured:
+    return Measured(case, True, least)
+
+
+CASES = [
+    Measured(Case("visual_side", B8, 32, cases.visual_side, memory=True)),
+    Measured(Case("gemms", B8, 32, whole.gemms)),
+    Measured(Case("visual_side", B1, 32, cases.visual_side, memory=True)),
+    Measured(Case("gemms", B1, 32, whole.gemms)),
+    Measured(Case("visual_side_graph", B1, 1, whole.visual_side_graph, rounds=31)),
+    Measured(Case("visual_side_graph", B8, 1, whole.visual_side_graph, rounds=31)),
+    Measured(Case("connectors_training", B8, 32, whole.connectors_training, rounds=9, memory=True)),
+    op(Case("normalized_shuffle_2x2", B8, 32, cases.normalized_shuffle(2), rounds=31), shuffled),
+    op(Case("normalized_shuffle_4x4", B8, 32, cases.normalized_shuffle(4), rounds=31), shuffled),
+    op(Case("normalized_shuffle_2x2", V3200, 32, cases.normalized_shuffle(2), rounds=31), shuffled),
+    op(Case("pixel_shuffle_2x2", B8, 32, cases.shuffle(2), rounds=31), shuffled),
+    op(Case("bias_gelu", B8, 32, cases.bias_gelu(), rounds=31), activations),
+    op(Case("bias_gelu_training", B8, 32, cases.bias_gelu(training=True), rounds=15)),
+    Measured(Case("router", V1024, 32, cases.router, rounds=15)),
+    Measured(Case("router", V3200, 32, cases.router, rounds=9)),
+    Measured(Case("router_graph", V1024, 32, whole.router_graph, rounds=15)),
+    Measured(Case("router_graph", V3200, 32, whole.router_graph, rounds=9)),
+    op(Case("attention_pool", V1024, 32, cases.attention_pool, rounds=31), tokens_read),
+    op(Case("attention_pool", V3200, 32, cases.attention_pool, rounds=31), tokens_read),
+    op(Case("attention_pool", V1024, 1, cases.attention_pool, rounds=31), tokens_read),
+    op(Case("skinny_linear", V1024, 32, whole.skinny_linear, rounds=31), weight_read),
+    op(Case("projection", B8, 32, whole.projection, rounds=21)),
+    op(Case("projection", V3200, 32, whole.projection, rounds=21)),
+    Measured(Case("consistency_loss_training", B8, 16, cases.consistency_loss, rounds=5, memory=True)),
+    Measured(Case("merge", B8, 32, cases.merge, rounds=21)),
+    Measured(Case("plan", B8, 32, cases.plan, rounds=31)),
+    Measured(Case("first_token", B8, 24, whole.first_token, rounds=7)),
 ]
 
 
@@ -109,25 +130,26 @@ def certificate(device: str) -> dict[str, Any]:
     return facts
 
 
-def run_case(case: Case, least: Bytes | None, timer: Timer, ceiling: dict[str, float], smoke: bool) -> dict[str, Any]:
+def run_case(measured: Measured, timer: Timer, ceiling: dict[str, float], smoke: bool) -> dict[str, Any]:
     torch._dynamo.reset()  # each case compiles for its own sizes
     torch.manual_seed(0)
+    case = measured.case
     size, rounds = (SMOKE, 2) if smoke else (case.size, case.rounds)
     contenders = case.build(size, case.tiles)
     if smoke:
         contenders.pop("compiled", None)
-    entry: dict[str, Any] = {"case": case.name, "size": case.size.name, "tiles": case.tiles}
-    entry["times"] = timer.compare(contenders, rounds)
-    if least is not None:
-        rate = least.of(case, size) / entry["times"]["vico_ext"]["p50"]
+    entry: dict[str, Any] = {"case": case.name, "size": case.size.name, "tiles": case.tiles, "queued": measured.queued}
+    entry["times"] = timer.compare(contenders, rounds, measured.queued)
+    if measured.least is not None:
+        rate = measured.least(size, case.tiles) / entry["times"]["vico_ext"]["p50"]
         entry["of_copy_bandwidth"] = rate / ceiling["copy_bytes_per_second"]
     if case.memory:
         entry["peak_bytes"] = timer.peak_bytes(contenders)
     return entry
 
 
-def chosen(names: list[str]) -> Iterator[tuple[Case, Bytes | None]]:
-    yield from (c for c in CASES if not names or c[0].name in names)
+def chosen(names: list[str]) -> Iterator[Measured]:
+    yield from (m for m in CASES if not names or m.case.name in names)
 
 
 def main() -> int:
@@ -153,13 +175,14 @@ def main() -> int:
     }
     record["ceilings"] = ceilings(timer, args.smoke)
     failed = False
-    for case, least in chosen(args.cases):
+    for measured in chosen(args.cases):
+        case = measured.case
         if time.monotonic() > end:
             record["skipped"][case.id] = "no time left"
             continue
         start = time.monotonic()
         try:
-            entry = run_case(case, least, timer, record["ceilings"], args.smoke)
+            entry = run_case(measured, timer, record["ceilings"], args.smoke)
         except Exception as error:  # the other cases are worth having; this one is reported and fails the run
             record["skipped"][case.id] = f"{type(error).__name__}: {error}"[:500]
             failed = True

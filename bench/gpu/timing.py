@@ -17,15 +17,21 @@ __all__ = ["Timer", "ceilings"]
 
 
 class Timer:
-    """Times functions on a device: CUDA events around a call, with a cold L2 cache; a wall clock on the CPU."""
+    """Times functions on a device: CUDA events around a call, with a cold L2 cache; a wall clock on the CPU.
+
+    ``queued`` puts a wait of the device before the first event, so that the host has launched everything by the time
+    the device begins: what a kernel takes, without what calling it costs. Only for calls that wait for nothing.
+    """
+
+    WAIT_CYCLES = 600_000  # about a third of a millisecond
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
         # Twice the largest L2 cache there is: writing it leaves nothing else there.
         self._flush = torch.empty(128 << 20, dtype=torch.uint8, device=device) if self.cuda else None
 
-    def once(self, fn: Callable[[], Any]) -> float:
-        """Seconds of one call. Host time counts where the device waits for it."""
+    def once(self, fn: Callable[[], Any], queued: bool = False) -> float:
+        """Seconds of one call. Host time counts where the device waits for it, unless ``queued``."""
         if self._flush is None:
             start = time.perf_counter()
             fn()
@@ -33,13 +39,15 @@ class Timer:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         torch.cuda.synchronize()
+        if queued:
+            torch.cuda._sleep(self.WAIT_CYCLES)
         begin.record()
         fn()
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) * 1e-3
 
-    def compare(self, contenders: Contenders, rounds: int) -> dict[str, dict[str, float]]:
+    def compare(self, contenders: Contenders, rounds: int, queued: bool = False) -> dict[str, dict[str, float]]:
         """p20, p50 and p80 of each contender: every round runs each once, after two for warming up."""
         for fn in contenders.values():
             fn()
@@ -47,7 +55,7 @@ class Timer:
         samples: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, fn in contenders.items():
-                samples[name].append(self.once(fn))
+                samples[name].append(self.once(fn, queued))
         return {name: percentiles(values) for name, values in samples.items()}
 
     def peak_bytes(self, contenders: Contenders) -> dict[str, int]:

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import PLACEHOLDER, Model, Size, compiled, half_plan, inputs, no_grad, with_backward
+import torch.nn.functional as F
+from cases import PLACEHOLDER, Model, Size, compiled, half_plan, inputs, no_grad, router, with_backward
 from contenders import Inputs, ReleasedParts, released_visual_side
 from interleaved import Contenders
 from torch import Tensor
 
 import vico_ext
 
-__all__ = ["connectors_training", "first_token", "gemms", "visual_side_graph"]
+__all__ = ["connectors_training", "first_token", "gemms", "projection", "router_graph", "skinny_linear", "visual_side_graph"]
 
 
 def gemms(size: Size, tiles: int) -> Contenders:
@@ -36,6 +37,39 @@ def gemms(size: Size, tiles: int) -> Contenders:
 
     # Timed as vico_ext's row of its own: the ratio to visual_side is in the report.
     return no_grad({"vico_ext": run})
+
+
+def projection(size: Size, tiles: int) -> Contenders:
+    """The middle layers of both connectors with bias and GELU: own GEMMs in one launch, and cuBLAS without and with."""
+    full, small = (tiles - tiles // 2) * 256, tiles // 2 * 64
+    a = torch.randn(full, 4 * size.vit), torch.randn(size.llm, 4 * size.vit), torch.randn(size.llm)
+    b = torch.randn(small, 2 * size.llm), torch.randn(2 * size.llm, 2 * size.llm), torch.randn(2 * size.llm)
+
+    def routed() -> None:
+        for x, weight, bias in (a, b):
+            torch.ops.vico.bias_gelu_(F.linear(x, weight), bias, None, 0.0)
+
+    return no_grad(
+        {
+            "gemms": lambda: (F.linear(a[0], a[1]), F.linear(b[0], b[1])),
+            "routed": routed,
+            "vico_ext": lambda: torch.ops.vico.projection(*a, *b, True),
+        }
+    )
+
+
+def skinny_linear(size: Size, tiles: int) -> Contenders:
+    """Few rows through a wide layer, by the router's own kernel; cuBLAS beside it."""
+    x, weight = torch.randn(tiles, size.vit), torch.randn(4 * size.vit, size.vit)
+    return no_grad(
+        {"released": lambda: F.linear(x, weight), "vico_ext": lambda: torch.ops.vico.skinny_linear(x, weight)}
+    )
+
+
+def router_graph(size: Size, tiles: int) -> Contenders:
+    """The router as a CUDA graph, so that the host's time for its launches does not count; others as in ``router``."""
+    contenders = router(size, tiles)
+    return {**contenders, "vico_ext": captured(contenders["vico_ext"])}
 
 
 def captured(fn: Callable[[], Any]) -> Callable[[], Any]:
