@@ -3,29 +3,13 @@
 // one write backward, where each chunk of rows leaves its sums in `partials` for combine_chunks_cuda.
 #include "bias_gelu/bias_gelu.h"
 #include "common/dropout.cuh"
-#include "common/normal.h"
+#include "common/normal.cuh"
 #include "common/row_chunks.cuh"
 
 namespace vico {
 namespace {
 
 constexpr int kRowsInFlight = 4;
-
-template <class A>
-struct NormalAt {
-  A cdf, gauss;  // Phi(z), exp(-z^2 / 2)
-};
-
-// Phi as the tail on z's side, never as 1 minus nearly 1, so that it is right for negative z (common/math.h).
-VICO_DEVICE NormalAt<float> normal_at(float z) {
-  const float gauss = expf(z * z * -0.5f);
-  const float u = __fdividef(1.0f, 0.35355339059f * fabsf(z) + 1.0f);
-  const float tail = gauss * (u * normal_tail_quotient(u));
-  return {z > 0.0f ? 1.0f - tail : tail, gauss};
-}
-VICO_DEVICE NormalAt<double> normal_at(double z) {
-  return {0.5 * erfc(z * -0.70710678118654752440), exp(z * z * -0.5)};
-}
 
 // Whether the dropout of packs can be drawn by fours (common/dropout.cuh).
 VICO_INLINE bool has_aligned_rows(int64_t columns) { return columns % kPhiloxBlock == 0; }

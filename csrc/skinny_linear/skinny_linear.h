@@ -25,6 +25,9 @@ struct SkinnyLinearParams {
   int64_t group_stride = 0, feature_stride = 0, depth_stride = 0;
   const void* bias = nullptr;  // [groups, features], contiguous; null for none
   void* y = nullptr;           // [rows, groups, features], contiguous
+  // What is done to a result before it is stored, CUDA kernels only: y = gelu(scale (x weight^T + bias)), exact GELU.
+  float scale = 1;
+  bool gelu = false;
 
   static constexpr int64_t kMostBlock = 64;
   // Features per item of work: where they are next to each other in memory, enough for long runs of it.

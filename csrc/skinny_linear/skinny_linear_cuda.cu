@@ -13,6 +13,7 @@
 
 #include "common/block_reduce.cuh"
 #include "common/mma.cuh"
+#include "common/normal.cuh"
 #include "common/pack.cuh"
 #include "skinny_linear/skinny_linear.h"
 
@@ -47,6 +48,8 @@ struct SkinnyBlock {
     const int64_t at = group * p.features + feature + f;
     accumulate_t<T> y[1] = {sum};
     if (p.bias) y[0] += value_of(static_cast<const T*>(p.bias)[at]);
+    y[0] *= static_cast<accumulate_t<T>>(p.scale);
+    if (p.gelu) y[0] = gelu_of(y[0]);
     store_pack(static_cast<T*>(p.y) + (row + r) * p.groups * p.features + at, pack_of<T, 1>(y));
   }
 };
