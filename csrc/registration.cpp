@@ -57,6 +57,14 @@ STABLE_TORCH_LIBRARY(vico, m) {
   // one linear map per group: x [rows, groups, K], weight [groups, N, K] -> [rows, groups, N]
   m.def("skinny_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 
+  // the router's two halves as one call each, without gradients, for CUDA. first, later: in_proj weight and bias,
+  // out_proj weight and bias, norm weight and bias of round 1 and of rounds 2 to 4. blocks: of each the two layers'
+  // weights and biases and its norm's; gate: the last norm's and the classifier's.
+  m.def(
+      "router_pool(Tensor tokens, Tensor query_token, Tensor[] first, Tensor[] later, int heads, int skip, float eps) "
+      "-> Tensor");
+  m.def("router_gate(Tensor pooled, Tensor[] blocks, Tensor[] gate, float eps) -> Tensor");
+
   // routing: which tiles are compressed, and where each tile's tokens go
   m.def("checked_probabilities(Tensor p) -> Tensor");
   m.def("quantile_route(Tensor p, Tensor? cu_tiles, float relative, float absolute) -> Tensor compress");

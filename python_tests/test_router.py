@@ -11,10 +11,11 @@ import torch
 from device import DEVICE
 from tolerance import LOW_PRECISION, assert_as_accurate
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vico_ext
+from vico_ext import _C, reference
 from vico_ext import functional as VF
-from vico_ext import reference
 
 UNUSED = ("attn3", "attn4", "norm3", "norm4")
 
@@ -102,13 +103,110 @@ def test_accuracy(dtype, width, heads, tiles, count):
         assert_as_accurate(p, eager.float(), exact)
 
 
+@pytest.mark.parametrize("grad", [True, False])  # without, CUDA has one call for each half
 @pytest.mark.parametrize("has_cls", [True, False])
 @pytest.mark.parametrize(("tiles", "heads", "count"), [(1, 1, 1), (3, 4, 17), (0, 4, 5), (2, 16, 600)])
-def test_any_shape_and_layout(has_cls, tiles, heads, count):
+def test_any_shape_and_layout(grad, has_cls, tiles, heads, count):
     router = make_router(48, heads, torch.float64, has_cls=has_cls)
     tokens = torch.randn(48, tiles, has_cls + count + 2, dtype=torch.float64).permute(1, 2, 0)[:, 1:-1]
     want = released(tokens, router.state_dict(), heads, int(has_cls))[:, 0]
-    torch.testing.assert_close(router(tokens), want, rtol=1e-12, atol=1e-12)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(router(tokens), want, rtol=1e-12, atol=1e-12)
+
+
+HAS_ONE_CALL = DEVICE == "cuda" or _C.cuda == "host"
+
+
+def called_ops(fn) -> set[str]:
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Names() as mode:
+        fn()
+    return mode.names
+
+
+def test_one_call_where_nothing_else_is_wanted():
+    router, tokens = make_router(), torch.randn(2, 17, 32)
+    halves = {"vico::router_pool", "vico::router_gate"}
+    with torch.no_grad():
+        assert halves <= called_ops(lambda: router(tokens)) or not HAS_ONE_CALL
+        router.train()
+        assert "vico::router_gate" not in called_ops(lambda: router(tokens))  # dropout
+        router.eval()
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            assert not halves & called_ops(lambda: router(tokens))
+    assert not halves & called_ops(lambda: router(tokens))
+    for p in router.parameters():
+        p.requires_grad_(False)
+    assert halves <= called_ops(lambda: router(tokens)) or not HAS_ONE_CALL
+    assert not halves & called_ops(lambda: router(tokens.clone().requires_grad_()))
+
+
+def halves_arguments(width=32, heads=4):
+    router = make_router(width, heads).requires_grad_(False)
+    pooling, gating = router.pooling_before_gating, router.gating
+    rounds = [
+        [attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias, norm.weight, norm.bias]
+        for attn, norm in ((pooling.attn1, pooling.norm1), (pooling.attn2, pooling.norm2))
+    ]
+    blocks = [t for i in range(1, 5) for n in (0, 3, 5) for t in getattr(gating, f"block{i}")[n].parameters()]
+    pool = [torch.randn(2, 17, width), pooling.query_token, *rounds, heads, 1, 1e-5]
+    return pool, [torch.randn(2, width), blocks, list(gating.gate.parameters()), 1e-5]
+
+
+@pytest.mark.skipif(HAS_ONE_CALL, reason="there are kernels")
+def test_one_call_is_for_cuda():
+    pool, gate = halves_arguments()
+    for op, arguments in ((torch.ops.vico.router_pool, pool), (torch.ops.vico.router_gate, gate)):
+        with pytest.raises(
+            RuntimeError, match=r"there is a kernel for CUDA alone, got \w+ on cpu: functional\.router_"
+        ):
+            op(*arguments)
+
+
+@pytest.mark.skipif(not HAS_ONE_CALL, reason="no kernels")
+def test_opcheck_of_one_call():
+    pool, gate = halves_arguments()
+    for op, arguments in ((torch.ops.vico.router_pool, pool), (torch.ops.vico.router_gate, gate)):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.skipif(not HAS_ONE_CALL, reason="no kernels")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pool, gate: pool[2].pop(), r"first must hold 6 tensors .*, got 5"),
+        (lambda pool, gate: pool.__setitem__(4, 5), "heads must divide the channels, got 5 heads for 32 channels"),
+        (
+            lambda pool, gate: pool[3].__setitem__(2, torch.ones(32, 31)),
+            r"later's out_proj.weight must have shape .*31",
+        ),
+        (lambda pool, gate: pool[2].__setitem__(5, torch.ones(32).double()), r"first's norm.bias must have the dtype"),
+        (lambda pool, gate: pool.__setitem__(1, torch.ones(2, 32)), r"query_token must have shape \[1, channels\]"),
+        (lambda pool, gate: pool.__setitem__(5, 17), "tokens must hold at least one token per tile after the first 17"),
+        (lambda pool, gate: gate[1].pop(), "blocks must hold 6 tensors for each block, got 23"),
+        (lambda pool, gate: gate[1].__setitem__(8, torch.ones(32, 7)), "block 2's second weight must have shape"),
+        (lambda pool, gate: gate[2].pop(), "gate must hold 4 tensors, got 3"),
+        (lambda pool, gate: gate[2].__setitem__(3, torch.ones(3)), r"gate's bias must have shape \[classes\] = \[2\]"),
+    ],
+)
+def test_bad_arguments_of_one_call(change, message):
+    pool, gate = halves_arguments()
+    change(pool, gate)
+
+    def both() -> None:
+        torch.ops.vico.router_pool(*pool)
+        torch.ops.vico.router_gate(*gate)
+
+    with pytest.raises(RuntimeError, match=message):
+        both()
 
 
 def test_gradients_match_reference():
@@ -134,9 +232,10 @@ def test_trains_without_gradients_of_the_tokens():
         assert (p.grad is not None) == p.requires_grad, name
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_bits_do_not_depend_on_the_other_tiles_or_the_threads(dtype):
-    router, tokens = make_router(64, 16, dtype), torch.randn(70, 50, 64).to(dtype)
+def test_bits_do_not_depend_on_the_other_tiles_or_the_threads(dtype, grad):
+    router, tokens = make_router(64, 16, dtype).requires_grad_(grad), torch.randn(70, 50, 64).to(dtype)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -26,7 +26,7 @@ struct SkinnyLinearParams {
   const void* bias = nullptr;  // [groups, features], contiguous; null for none
   void* y = nullptr;           // [rows, groups, features], contiguous
   // What is done to a result before it is stored, CUDA kernels only: y = gelu(scale (x weight^T + bias)), exact GELU.
-  float scale = 1;
+  double scale = 1;
   bool gelu = false;
 
   static constexpr int64_t kMostBlock = 64;

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vico_ext import _C
+
 __all__ = ["attention_pool", "router_gate", "router_pool", "skinny_linear"]
 
 # Most rows for which the own kernel runs instead of F.linear. It was measured for K and N in {1024, 3200, 4096, 12800}
@@ -108,6 +110,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.vico.skinny_linear(x, weight, bias)
 
 
+def _as_one_call(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the CUDA kernels of a whole half of the router may run: they have no gradient and cast nothing.
+
+    Launched one by one from Python, the router's kernels take less time than their launches.
+    """
+    return (
+        (x.is_cuda or _C.cuda == "host")  # the test build, whose CUDA kernels take CPU tensors
+        and not torch.is_autocast_enabled(x.device.type)
+        and all(w.dtype == x.dtype for w in weights)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)))
+    )
+
+
 def _layer_norm(x: Tensor, norm: Norm, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm[0], norm[1], eps).to(x.dtype)
 
@@ -161,6 +176,9 @@ def router_pool(
             f"tokens must have the dtype of the router's weights, {query.dtype}, got {tokens.dtype}: cast the tokens "
             "or the router, or use autocast"
         )
+    first, later_round = [*attn1, *norm1], [*attn2, *norm2]
+    if _as_one_call(tokens, [query, *first, *later_round]):
+        return torch.ops.vico.router_pool(tokens, query, first, later_round, num_heads, int(has_cls), eps)
     head = channels // num_heads
     attention, norm = _absorbed(attn1, num_heads), norm1
     later = _absorbed(attn2, num_heads)
@@ -207,6 +225,9 @@ def router_gate(
         ``[P, 2]``; class 0 means that 64 tokens are enough. The softmax of it is
         :func:`vico_ext.reference.router_gate`.
     """
+    layers = [t for block in blocks for t in block]
+    if (dropout == 0 or not training) and _as_one_call(pooled, [*layers, *gate]):
+        return torch.ops.vico.router_gate(pooled, layers, list(gate), eps)
     x = _cast(pooled)
     for w1, b1, w2, b2, *norm in blocks:
         h = F.dropout(F.gelu(_linear(x, _cast(w1), _cast(b1))), dropout, training)

@@ -13,6 +13,8 @@ from vico_ext.ops import (
     pack_tokens,
     pixel_shuffle,
     projection,
+    router_gate,
+    router_pool,
     routing_plan,
     skinny_linear,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "pack_tokens",
     "pixel_shuffle",
     "projection",
+    "router_gate",
+    "router_pool",
     "routing_plan",
     "skinny_linear",
 ]

@@ -1,0 +1,56 @@
+// The layers of router_gate, as launches of kernels of other rooms: three a block and two at the end.
+#include "common/layer_norm.h"
+#include "router_gate/router_gate.h"
+#include "skinny_linear/skinny_linear.h"
+
+namespace vico {
+namespace {
+
+void linear(const RouterGateParams& p, const void* x, int64_t depth, const void* weight, const void* bias,
+            int64_t features, bool gelu, void* y, cudaStream_t stream) {
+  SkinnyLinearParams layer;
+  layer.dtype = p.dtype;
+  layer.rows = p.rows;
+  layer.groups = 1;
+  layer.features = features;
+  layer.depth = layer.feature_stride = depth;
+  layer.depth_stride = 1;
+  layer.x = x;
+  layer.weight = weight;
+  layer.bias = bias;
+  layer.gelu = gelu;
+  layer.y = y;
+  skinny_linear_cuda(layer, stream);
+}
+
+void norm(const RouterGateParams& p, const void* x, const void* residual, const void* weight, const void* bias, void* y,
+          cudaStream_t stream) {
+  LayerNormParams n;
+  n.dtype = p.dtype;
+  n.rows = p.rows;
+  n.channels = p.channels;
+  n.x = x;
+  n.residual = residual;
+  n.weight = weight;
+  n.bias = bias;
+  n.eps = p.eps;
+  n.y = y;
+  layer_norm_cuda(n, stream);
+}
+
+}  // namespace
+
+void router_gate_cuda(const RouterGateParams& p, cudaStream_t stream) {
+  const void* x = p.x;
+  for (int64_t i = 0; i < p.block_count; ++i) {
+    const RouterGateBlock& b = p.blocks[i];
+    linear(p, x, p.channels, b.up_weight, b.up_bias, b.hidden, true, p.hidden, stream);
+    linear(p, p.hidden, b.hidden, b.down_weight, b.down_bias, p.channels, false, p.update, stream);
+    norm(p, p.update, x, b.norm_weight, b.norm_bias, p.current, stream);
+    x = p.current;
+  }
+  norm(p, x, nullptr, p.norm_weight, p.norm_bias, p.update, stream);
+  linear(p, p.update, p.channels, p.weight, p.bias, p.classes, false, p.logits, stream);
+}
+
+}  // namespace vico

@@ -1,0 +1,105 @@
+// The rounds of router_pool, as launches of kernels of other rooms: seven a round.
+#include <cmath>
+
+#include "common/layer_norm.h"
+#include "router_pool/router_pool.h"
+#include "skinny_linear/skinny_linear.h"
+
+namespace vico {
+namespace {
+
+const void* element(const void* p, int64_t i, Dtype dtype) {
+  return static_cast<const char*>(p) + i * element_size(dtype);
+}
+
+// x [rows, channels] -> x' [tiles, channels]
+void router_round(const RouterPoolParams& p, const RouterAttention& a, const void* x, int64_t rows, void* out,
+                  cudaStream_t stream) {
+  const AttentionPoolShape& s = p.shape;
+  const int64_t channels = s.channels, head = channels / s.heads;
+
+  SkinnyLinearParams query;
+  query.dtype = s.dtype;
+  query.rows = rows;
+  query.groups = 1;
+  query.features = query.depth = query.feature_stride = channels;
+  query.depth_stride = 1;
+  query.x = x;
+  query.weight = a.in_weight;
+  query.bias = a.in_bias;
+  query.scale = 1 / std::sqrt(static_cast<double>(head));
+  query.y = p.rows[0];
+  skinny_linear_cuda(query, stream);
+
+  SkinnyLinearParams keys;
+  keys.dtype = s.dtype;
+  keys.rows = rows;
+  keys.groups = s.heads;
+  keys.features = channels;
+  keys.depth = head;
+  keys.x = p.rows[0];
+  keys.weight = element(a.in_weight, channels * channels, s.dtype);
+  keys.group_stride = head * channels;
+  keys.feature_stride = 1;
+  keys.depth_stride = channels;
+  keys.y = p.heads[0];
+  skinny_linear_cuda(keys, stream);
+
+  AttentionPoolParams pool;
+  pool.shape = s;
+  pool.in.tokens = p.tokens;
+  pool.in.tile_stride = p.tile_stride;
+  pool.in.token_stride = p.token_stride;
+  pool.in.query = p.heads[0];
+  pool.in.query_stride = rows == 1 ? 0 : s.heads * channels;
+  pool.in.query_head_stride = channels;
+  pool.context = p.heads[1];
+  pool.lse = p.lse;
+  pool.partial = p.partial;
+  attention_pool_cuda(pool, stream);
+
+  SkinnyLinearParams values;
+  values.dtype = s.dtype;
+  values.rows = s.tiles;
+  values.groups = s.heads;
+  values.features = head;
+  values.depth = channels;
+  values.x = p.heads[1];
+  values.weight = element(a.in_weight, 2 * channels * channels, s.dtype);
+  values.group_stride = head * channels;
+  values.feature_stride = channels;
+  values.depth_stride = 1;
+  values.bias = element(a.in_bias, 2 * channels, s.dtype);
+  values.y = p.rows[0];
+  skinny_linear_cuda(values, stream);
+
+  SkinnyLinearParams last = query;
+  last.rows = s.tiles;
+  last.x = p.rows[0];
+  last.weight = a.out_weight;
+  last.bias = a.out_bias;
+  last.scale = 1;
+  last.y = p.rows[1];
+  skinny_linear_cuda(last, stream);
+
+  LayerNormParams norm;
+  norm.dtype = s.dtype;
+  norm.rows = s.tiles;
+  norm.channels = channels;
+  norm.x = p.rows[1];
+  norm.weight = a.norm_weight;
+  norm.bias = a.norm_bias;
+  norm.eps = p.eps;
+  norm.y = out;
+  layer_norm_cuda(norm, stream);
+}
+
+}  // namespace
+
+void router_pool_cuda(const RouterPoolParams& p, cudaStream_t stream) {
+  if (p.shape.tiles == 0) return;
+  router_round(p, p.first, p.query_token, 1, p.pooled, stream);
+  for (int round = 2; round <= 4; ++round) router_round(p, p.later, p.pooled, p.shape.tiles, p.pooled, stream);
+}
+
+}  // namespace vico
