@@ -107,9 +107,9 @@ def routed_connector(tokens: Tensor, w: Weights, compress: Tensor) -> Tensor:
     counts = torch.where(compress, small.shape[1], full.shape[1])
     start = F.pad(counts.cumsum(0), (1, 0))
     out = tokens.new_empty(full.shape[0] * full.shape[1] + small.shape[0] * small.shape[1], full.shape[2])
-    rows = (start[full_index, None] + torch.arange(full.shape[1])).flatten()
+    rows = (start[full_index, None] + torch.arange(full.shape[1], device=full.device)).flatten()
     out = out.index_copy(0, rows, full.flatten(0, 1))
-    rows = (start[small_index, None] + torch.arange(small.shape[1])).flatten()
+    rows = (start[small_index, None] + torch.arange(small.shape[1], device=small.device)).flatten()
     return out.index_copy(0, rows, small.flatten(0, 1))
 
 

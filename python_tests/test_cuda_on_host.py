@@ -37,6 +37,7 @@ MEMORY_BUGS = {
     "divergent_ldmatrix": dict.fromkeys(MODES, "divergent warp"),
     "deadlock": dict.fromkeys(MODES, "threads 0-63 wait at barrier 1"),
     "unwritten_output": dict.fromkeys(MODES, r"element 127 is -?nan"),
+    "early_kernel_does_not_wait": dict.fromkeys(MODES, "1 of 128 threads of a kernel that was launched early"),
     "unset_shared": dict.fromkeys(MODES, r"element 0 is -?nan"),
     "blocks_write_one_place": {"race": RACE},
     "threads_write_one_byte": {"race": RACE},

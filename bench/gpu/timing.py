@@ -26,6 +26,7 @@ class Timer:
     WAIT_CYCLES = 600_000  # about a third of a millisecond
 
     def __init__(self, device: str) -> None:
+        self.device = device
         self.cuda = device == "cuda"
         # Twice the largest L2 cache there is: writing it leaves nothing else there.
         self._flush = torch.empty(128 << 20, dtype=torch.uint8, device=device) if self.cuda else None
@@ -76,8 +77,8 @@ class Timer:
 def ceilings(timer: Timer, smoke: bool) -> dict[str, float]:
     """Bytes per second of a large copy, read and written, and operations per second of a large bf16 product."""
     n, side = (1 << 16, 64) if smoke else (1 << 30, 8192)
-    source, target = (torch.empty(n, dtype=torch.uint8).fill_(3) for _ in range(2))
-    a, b = (torch.randn(side, side, dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.empty(n, dtype=torch.uint8, device=timer.device).fill_(3) for _ in range(2))
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=timer.device) for _ in range(2))
     times = timer.compare({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, 3 if smoke else 15)
     return {
         "copy_bytes_per_second": 2 * n / times["copy"]["p50"],

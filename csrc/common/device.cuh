@@ -5,6 +5,7 @@
 //   VICO_DEVICE_CHECK(condition, ...)    a printf message: what the host cannot check without waiting ends the kernel
 //
 //   vico::launch(kernel, grid, block, shared_bytes, stream, args...)
+//   vico::launch_early(...)              the same, for kernels that may begin before the one before them has ended
 #pragma once
 
 #ifdef __CUDACC__
@@ -44,15 +45,41 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            const Args&... args) {
+void launch_with(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                 const Args&... args) {
   if (shared_bytes > 48 * 1024) {  // more than every device gives without being asked
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                "dynamic shared memory of a kernel");
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
-  check_cuda(cudaGetLastError(), "launch of a kernel");
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = early ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "launch of a kernel");
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Args&... args) {
+  launch_with(false, kernel, grid, block, shared_bytes, stream, args...);
+}
+
+// For kernels of which every thread calls ptx::wait_for_earlier_kernels(), before it reads or writes what kernels before
+// it on the stream may have written or read: until then they may still be running. Devices before sm_90 cannot overlap.
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                  const Args&... args) {
+  int device = 0, major = 0;
+  check_cuda(cudaGetDevice(&device), "the current device");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  launch_with(major >= 9, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 }  // namespace vico

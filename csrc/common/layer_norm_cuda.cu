@@ -17,6 +17,8 @@ template <class T, int kN>
 __global__ void __launch_bounds__(kNormThreads) layer_norm_kernel(const __grid_constant__ LayerNormParams p) {
   using A = accumulate_t<T>;
   VICO_SHARED(A, scratch, [2][kMaxWarps]);
+  ptx::let_next_kernel_begin();
+  ptx::wait_for_earlier_kernels();
   const int64_t begin = int64_t{blockIdx.x} * p.channels;
   const T* x = static_cast<const T*>(p.x) + begin;
   const int64_t first = int64_t{threadIdx.x} * kN, step = int64_t{kNormThreads} * kN;
@@ -89,7 +91,7 @@ void layer_norm_cuda(const LayerNormParams& p, cudaStream_t stream) {
       wide = wide && is_aligned16(t);
     }
     const auto kernel = wide ? layer_norm_kernel<T, kPackWidth<T>> : layer_norm_kernel<T, 1>;
-    launch(kernel, dim3(static_cast<unsigned>(p.rows)), dim3(kNormThreads), 0, stream, p);
+    launch_early(kernel, dim3(static_cast<unsigned>(p.rows)), dim3(kNormThreads), 0, stream, p);
   });
 }
 

@@ -219,4 +219,25 @@ VICO_DEVICE void barrier_arrive(int id, int threads) {
 #endif
 }
 
+// ---- kernels that overlap (launch_early)
+
+// Until all kernels before this one on the stream have ended, and what they wrote can be seen.
+VICO_DEVICE void wait_for_earlier_kernels() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#else
+  coh::wait_for_earlier_kernels();
+#endif
+}
+// Once every block has said so, the next kernel may begin, if it was launched early.
+VICO_DEVICE void let_next_kernel_begin() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+#endif
+}
+
 }  // namespace vico::ptx

@@ -102,6 +102,7 @@ struct Machine {
   void* arguments;
   uint64_t random;
   uint64_t steps;
+  uint64_t waited;  // threads of this launch that called wait_for_earlier_kernels
   // the block
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;

@@ -183,7 +183,10 @@ void fail(const char* format, ...) {
   leave_last(running());
 }
 
-void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes) {
+void wait_for_earlier_kernels() { ++machine.waited; }
+
+void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes,
+            bool early) {
   if (block.x * block.y * block.z > 1024) fail("a block of %u threads", block.x * block.y * block.z);
   if (block.x * block.y * block.z == 0 || grid.x * grid.y * grid.z == 0) fail("an empty launch");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
@@ -193,6 +196,7 @@ void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid,
   m.body = body;
   m.arguments = arguments;
   m.steps = 0;
+  m.waited = 0;
   grid_dim = grid;
   block_dim = block;
   m.random = config.seed * 0x9e3779b97f4a7c15ull | 1;
@@ -225,6 +229,11 @@ void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid,
     throw;
   }
   clean_up();
+  const uint64_t threads = order.size() * block.x * block.y * block.z;
+  if (early && m.waited < threads) {
+    fail("%zu of %zu threads of a kernel that was launched early did not wait for the kernels before it",
+         static_cast<size_t>(threads - m.waited), static_cast<size_t>(threads));
+  }
 }
 
 void track_global(const void* p, size_t bytes) {

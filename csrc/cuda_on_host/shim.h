@@ -36,8 +36,11 @@ extern dim3 grid_dim, block_dim;
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// `kernel` is only noted: a test program tells which ones it has run.
-void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
+// `kernel` is only noted: a test program tells which ones it has run. `early`: the kernel might overlap the one before
+// it; here it does not, but every thread of it has to call wait_for_earlier_kernels.
+void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes,
+            bool early);
+void wait_for_earlier_kernels();
 void* dynamic_shared();
 // The block's variable of this key: each has an allocation of its own, so that ASan sees its ends.
 void* static_shared(const void* key, size_t bytes, size_t alignment);
@@ -77,7 +80,8 @@ namespace vico {
 
 // Every thread gets its own copy of the arguments, as on the device.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Args&... args) {
+void launch_with(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                 const Args&... args) {
   struct Call {
     void (*kernel)(Params...);
     std::tuple<Params...> params;
@@ -88,7 +92,16 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
         const Call& c = *static_cast<Call*>(p);
         std::apply([&](const auto&... x) { c.kernel(x...); }, c.params);
       },
-      &call, grid, block, shared_bytes);
+      &call, grid, block, shared_bytes, early);
+}
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Args&... args) {
+  launch_with(false, kernel, grid, block, shared_bytes, args...);
+}
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                  const Args&... args) {
+  launch_with(true, kernel, grid, block, shared_bytes, args...);
 }
 
 }  // namespace vico

@@ -109,6 +109,12 @@ __global__ void unwritten_kernel(float* out, int n) {
   if (static_cast<int>(threadIdx.x) < n) out[threadIdx.x] = static_cast<float>(threadIdx.x);
 }
 
+__global__ void early_kernel(float* out, int n) {
+  if (static_cast<int>(threadIdx.x) >= n) return;
+  vico::ptx::wait_for_earlier_kernels();
+  out[threadIdx.x] = static_cast<float>(threadIdx.x);
+}
+
 __global__ void overlap_kernel(float* out, int stride) {
   out[blockIdx.x * static_cast<unsigned>(stride) + threadIdx.x] =
       static_cast<float>(blockIdx.x * static_cast<unsigned>(stride) + threadIdx.x);
@@ -235,6 +241,13 @@ COH_CASE(deadlock) {
 COH_CASE(unwritten_output) {
   Buffer<float> out(kThreads);
   vico::launch(unwritten_kernel, 1, kThreads, 0, nullptr, out.data(), planted ? kThreads - 1 : kThreads);
+  expect_iota(out, 1.0f);
+}
+
+COH_CASE(early_kernel_does_not_wait) {
+  Buffer<float> out(kThreads);
+  for (int i = 0; i < kThreads; ++i) out[static_cast<size_t>(i)] = static_cast<float>(i);
+  vico::launch_early(early_kernel, 1, kThreads, 0, nullptr, out.data(), planted ? kThreads - 1 : kThreads);
   expect_iota(out, 1.0f);
 }
 
