@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vico_ext.functional.router import _cast
 from vico_ext.functional.shuffle import normalized_shuffle
+from vico_ext.ops.call import call
 from vico_ext.routing import RoutingPlan
 
 __all__ = ["bias_gelu", "connector", "pack_tokens"]
@@ -50,7 +51,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, dropout_p: float = 0.0, 
         ValueError: ``dropout_p`` is no probability.
     """
     seed = _dropout_seed(dropout_p, training, x.device)
-    return torch.ops.vico.bias_gelu(x, bias, seed, 0.0 if seed is None else dropout_p)
+    return call(torch.ops.vico.bias_gelu, x, bias, seed, 0.0 if seed is None else dropout_p)
 
 
 def _bias_gelu_of_temporary(x: Tensor, bias: Tensor, dropout_p: float, training: bool) -> Tensor:
@@ -58,7 +59,7 @@ def _bias_gelu_of_temporary(x: Tensor, bias: Tensor, dropout_p: float, training:
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
         return bias_gelu(x, bias, dropout_p=dropout_p, training=training)
     seed = _dropout_seed(dropout_p, training, x.device)
-    torch.ops.vico.bias_gelu_(x, bias, seed, 0.0 if seed is None else dropout_p)
+    call(torch.ops.vico.bias_gelu_, x, bias, seed, 0.0 if seed is None else dropout_p)
     return x
 
 
@@ -94,7 +95,7 @@ def pack_tokens(
                 f"{plan.compressed_tiles} of them compressed, got {list(tokens.shape)}: is it the plan of another "
                 "batch?"
             )
-    return torch.ops.vico.pack_tokens(full, compressed, full_bias, compressed_bias, plan.cu_tokens, plan.order)
+    return call(torch.ops.vico.pack_tokens, full, compressed, full_bias, compressed_bias, plan.cu_tokens, plan.order)
 
 
 def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
@@ -216,8 +217,8 @@ def connector(
         if projection == "torch":
             return run(_FULL, 2, None, 0.0, True)
         full = normalized(_FULL[0], 2, None)
-        full, _ = torch.ops.vico.projection(*layer(_FULL[1], full), *absent, True)
-        full, _ = torch.ops.vico.projection(*layer(_FULL[2], full), *absent, False)
+        full, _ = call(torch.ops.vico.projection, *layer(_FULL[1], full), *absent, True)
+        full, _ = call(torch.ops.vico.projection, *layer(_FULL[2], full), *absent, False)
         return full
     check_plan(tokens, plan, has_cls)
     # split and not slices: with a number of tiles that torch.compile does not know, these are of that very number.
@@ -233,11 +234,15 @@ def connector(
         return seed, 0.0 if seed is None else dropout_p
 
     compressed = normalized(_COMPRESSED[0], 4, compressed_tiles)
-    _, compressed = torch.ops.vico.projection(*absent, *layer(_COMPRESSED[1], compressed), True, *dropout())
+    _, compressed = call(torch.ops.vico.projection, *absent, *layer(_COMPRESSED[1], compressed), True, *dropout())
     full = normalized(_FULL[0], 2, full_tiles)
-    full, compressed = torch.ops.vico.projection(
-        *layer(_FULL[1], full), *layer(_COMPRESSED[2], compressed), True, *dropout()
+    full, compressed = call(
+        torch.ops.vico.projection, *layer(_FULL[1], full), *layer(_COMPRESSED[2], compressed), True, *dropout()
     )
-    return torch.ops.vico.packed_projection(
-        *layer(_FULL[2], full), *layer(_COMPRESSED[3], compressed), plan.cu_tokens, plan.order
+    return call(
+        torch.ops.vico.packed_projection,
+        *layer(_FULL[2], full),
+        *layer(_COMPRESSED[3], compressed),
+        plan.cu_tokens,
+        plan.order,
     )

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vico_ext import _C
+from vico_ext._load import _C
+from vico_ext.ops.call import call
 
 __all__ = ["attention_pool", "router_gate", "router_pool", "skinny_linear"]
 
@@ -66,7 +67,7 @@ def attention_pool(tokens: Tensor, query: Tensor, *, has_cls: bool = True) -> Te
 
 
 def _attention_pool(tokens: Tensor, query: Tensor, skip: int) -> Tensor:
-    return torch.ops.vico.attention_pool(tokens, query.expand(tokens.shape[0], -1, -1), skip)[0]
+    return call(torch.ops.vico.attention_pool, tokens, query.expand(tokens.shape[0], -1, -1), skip)[0]
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,7 +99,9 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or rows > _MOST_ROWS.get(x.dtype, 0):
         return F.linear(x, weight, bias)
-    return torch.ops.vico.skinny_linear(x.reshape(rows, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return call(torch.ops.vico.skinny_linear, x.reshape(rows, x.shape[-1]), weight, bias).view(
+        *x.shape[:-1], weight.shape[0]
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,7 +110,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     NOTE: the own kernel at any P, also where F.linear would be a little faster: a tile's probability must not depend on
     how many other tiles the call has, and a GEMM chooses its order of summation by the shape.
     """
-    return torch.ops.vico.skinny_linear(x, weight, bias)
+    return call(torch.ops.vico.skinny_linear, x, weight, bias)
 
 
 def _as_one_call(x: Tensor, weights: Sequence[Tensor]) -> bool:

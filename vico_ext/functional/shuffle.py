@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vico_ext.ops.call import call
+
 __all__ = ["normalized_shuffle", "pixel_shuffle"]
 
 
@@ -71,7 +73,7 @@ def pixel_shuffle(
     """
     grid = _grid_of(tokens, grid, has_cls, rate)
     transposed = _is_transposed(ps_version)
-    return torch.ops.vico.pixel_shuffle(tokens, *grid, rate, tile_index, int(has_cls), transposed)
+    return call(torch.ops.vico.pixel_shuffle, tokens, *grid, rate, tile_index, int(has_cls), transposed)
 
 
 def normalized_shuffle(
@@ -111,7 +113,7 @@ def normalized_shuffle(
     """
     grid = _grid_of(tokens, grid, has_cls, rate)
     transposed = _is_transposed(ps_version)
-    out, _mean, _rstd = torch.ops.vico.normalized_shuffle(
-        tokens, weight, bias, eps, *grid, rate, tile_index, int(has_cls), transposed
+    out, _mean, _rstd = call(
+        torch.ops.vico.normalized_shuffle, tokens, weight, bias, eps, *grid, rate, tile_index, int(has_cls), transposed
     )
     return out

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vico_ext.ops.call import call
+
 __all__ = [
     "compress_positions",
     "gather_tokens",
@@ -39,7 +41,7 @@ def merge_tokens(embeds: Tensor, tokens: Tensor, source: Tensor) -> Tensor:
     Raises:
         RuntimeError: shapes, devices or dtypes do not fit, or an entry of ``source`` is out of range.
     """
-    return torch.ops.vico.merge_tokens(embeds, tokens.to(embeds.dtype), source)
+    return call(torch.ops.vico.merge_tokens, embeds, tokens.to(embeds.dtype), source)
 
 
 def gather_tokens(embeds: Tensor, index: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def gather_tokens(embeds: Tensor, index: Tensor) -> Tensor:
     Raises:
         RuntimeError: an index is out of range.
     """
-    return torch.ops.vico.merge_tokens(embeds, embeds.new_empty(0, embeds.shape[-1]), index)
+    return call(torch.ops.vico.merge_tokens, embeds, embeds.new_empty(0, embeds.shape[-1]), index)
 
 
 def scatter_tokens(embeds: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
