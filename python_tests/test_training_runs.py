@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, cpu_only
 from tiny_training import consistency, metrics, router, save_data, save_model, tensors
 
 import vico_ext
@@ -95,8 +96,8 @@ def test_consistency_training_lowers_the_divergence(stage1):
 
 def test_the_result_is_a_flash_checkpoint(stage1, model):
     weights = vico_ext.load_flash(stage1 / "model")
-    patched = vico_ext.load_internvl(stage1 / "model")
-    connector = weights.connector_module()
+    patched = vico_ext.load_internvl(stage1 / "model").to(DEVICE)
+    connector = weights.connector_module().to(DEVICE)
     vit = torch.randn(2, 65, 32)
     plan = vico_ext.RoutingPlan.from_compress(torch.tensor([True, False]), (16, 4))
     want = patched.model.vico.eval().connect(vit, plan, patched.model.multi_modal_projector)
@@ -150,6 +151,7 @@ def reached(out: Path, moment: str | int) -> bool:
     return log.is_file() and len(log.read_bytes().splitlines()) >= moment
 
 
+@cpu_only("gloo on the CPU")
 @pytest.mark.parametrize("stage", ["consistency", "router"])
 def test_two_processes_agree_with_one(stage, model, data, stage1, tmp_path):
     make: Any = consistency if stage == "consistency" else router
