@@ -11,10 +11,10 @@
 
 #include <cstring>
 #ifdef __CUDACC__
-#include <csignal>
-
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include <csignal>
 #endif
 
 namespace {
@@ -172,7 +172,8 @@ int main(int argc, char** argv) try {
     return 2;
   }
   const auto wanted = [&](const Section& section) {
-    return argc == 2 || std::any_of(argv + 2, argv + argc, [&](const char* a) { return !std::strcmp(a, section.name); });
+    return argc == 2 ||
+           std::any_of(argv + 2, argv + argc, [&](const char* a) { return !std::strcmp(a, section.name); });
   };
 #ifndef __CUDACC__
   coh::configure_from_environment();
