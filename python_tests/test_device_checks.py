@@ -18,7 +18,6 @@ from torch import tensor, zeros
 import vico_ext
 from vico_ext import functional as VF
 ops = torch.ops.vico
-torch.set_default_device("{device}")
 """
 
 # What runs on the default device, and what is said: one for each check of the kernels.
@@ -70,6 +69,12 @@ CASES = {
     "pack_tokens, sizes": (
         "ops.pack_tokens(zeros(1, 4, 3), zeros(1, 2, 3), None, None, tensor([0, 4, 6]), tensor([1, 0]))",
         "cu_tokens gives tile .* is the plan of another batch",
+    ),
+    "FusedConnector": (
+        "plan = vico_ext.RoutingPlan.from_compress(tensor([False, True]), (16, 4)); "
+        "plan = vico_ext.RoutingPlan(plan.compress, plan.cu_tokens, plan.order.flip(0), 1, (16, 4)); "
+        "vico_ext.FusedConnector(6, 10)(zeros(2, 65, 6), plan)",
+        "is the plan of another batch",
     ),
     "packed_projection": (
         "x, w, b = zeros(1, 4, 8).bfloat16(), zeros(6, 8).bfloat16(), zeros(6).bfloat16(); "
