@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     device.sort_out(items)
+
+
+@pytest.hookimpl(trylast=True)  # after the results have been handed on
+def pytest_runtest_logfinish() -> None:
+    device.give_up_if_lost()
 
 
 @dataclass(frozen=True)
@@ -53,5 +59,7 @@ def golden() -> Golden:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    device.hold(request.node.nodeid)

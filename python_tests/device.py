@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
 from vico_ext import _C
 
-__all__ = ["DEVICE", "configure", "cpu_only", "sort_out"]
+__all__ = ["DEVICE", "configure", "cpu_only", "ends_the_device", "give_up_if_lost", "hold", "sort_out", "value_case"]
 
 DEVICE = os.environ.get("VICO_TEST_DEVICE", "cpu")
 
@@ -17,9 +18,15 @@ DEVICE = os.environ.get("VICO_TEST_DEVICE", "cpu")
 CPU_FILES = {
     "test_checkpoint.py": "files",
     "test_cli.py": "the command line",
+    "test_convert.py": "files",
+    "test_cuda_conformance.py": "a GPU's record, compared on the CPU",
     "test_cuda_on_host.py": "kernels run on the CPU",
+    "test_demo_trained.py": "the command line",
+    "test_examples.py": "examples as they stand, on the CPU",
     "test_import_error.py": "imports",
     "test_readme.py": "the README's examples as they stand",
+    "test_reproduce.py": "files and pictures",
+    "test_reproduce_report.py": "files and pictures",
     "test_tiling.py": "pictures",
     "test_vision_tower.py": "files and pictures",
     "test_visualize.py": "pictures",
@@ -29,6 +36,44 @@ CPU_FILES = {
 def cpu_only(reason: str) -> pytest.MarkDecorator:
     """Marks what can only be tested on the CPU."""
     return pytest.mark.cpu_only(reason)
+
+
+# Values that only the kernels look at: on CUDA their check ends the process's use of the device, and with it every test
+# after this one. test_device_checks.py has one such value per check, each in a process of its own.
+ends_the_device = cpu_only("a device-side check ends the use of the device")
+
+
+def value_case(*arguments: Any) -> Any:
+    """A parametrized test's case with such a value."""
+    return pytest.param(*arguments, marks=ends_the_device)
+
+
+_lost: list[str] = []  # the test that ended the use of the device
+
+
+def hold(name: str) -> None:
+    """Waits for the kernels of the test of that name; fails it where they ended the use of the device."""
+    if DEVICE == "cpu":
+        return
+    try:
+        torch.cuda.synchronize()
+        return
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+    _lost.append(name)
+    pytest.fail(f"{name} ended this process's use of the GPU: {said}", pytrace=False)
+
+
+def give_up_if_lost() -> None:
+    """Ends a process that can use the device no more, so that one test fails and not all that would follow.
+
+    A worker of pytest-xdist is replaced; it names the same test as the one it crashed in.
+    """
+    if not _lost:
+        return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
+    pytest.exit(f"{_lost[0]} ended the use of the GPU, the tests after it did not run", returncode=1)
 
 
 def configure() -> None:

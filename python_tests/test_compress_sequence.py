@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import ends_the_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,16 +196,6 @@ TWO = torch.tensor([True, False])
 @pytest.mark.parametrize(
     ("ids", "mask", "compress", "message"),
     [
-        ([ROW], None, TWO[:1], r"must hold 3 placeholders \(id 7\) in the whole batch.*1 tiles .* times 3, got 6\."),
-        ([ROW], None, torch.cat([TWO, TWO]), r"must hold 12 placeholders .*: 4 tiles of the plan times 3, got 6\."),
-        (
-            [[IMG, IMG, 1, IMG]],
-            None,
-            TWO[:1],
-            r"3 consecutive placeholders \(id 7\) of one row, got only 2 at row 0, p.* 0, before another token",
-        ),
-        ([[1, IMG, IMG], [IMG, 1, 1]], None, TWO[:1], r"got only 2 at row 0, position 1, where the row ends"),
-        ([ROW, [IMG, 1] * 3 + [1, 1]], None, torch.ones(3) > 0, r"got only 1 at row 1, position 0, before another"),
         ([ROW], [[True] * 8] * 2, TWO, r"attention_mask must have shape that of input_ids = \[1, 8\], got \[2, 8\]"),
         ([ROW], [[1] * 8], TWO, "attention_mask must be bool, got int64"),
         ([ROW], None, torch.ones(2), "compress must be bool, got float32"),
@@ -217,16 +208,41 @@ def test_bad_batches(ids, mask, compress, message):
         _keep(torch.tensor(ids), None if mask is None else torch.tensor(mask), compress, (3, 1))
 
 
-def test_bad_lengths_and_positions():
+@ends_the_device
+@pytest.mark.parametrize(
+    ("ids", "compress", "message"),
+    [
+        ([ROW], TWO[:1], r"must hold 3 placeholders \(id 7\) in the whole batch.*1 tiles .* times 3, got 6\."),
+        ([ROW], torch.cat([TWO, TWO]), r"must hold 12 placeholders .*: 4 tiles of the plan times 3, got 6\."),
+        (
+            [[IMG, IMG, 1, IMG]],
+            TWO[:1],
+            r"3 consecutive placeholders \(id 7\) of one row, got only 2 at row 0, p.* 0, before another token",
+        ),
+        ([[1, IMG, IMG], [IMG, 1, 1]], TWO[:1], r"got only 2 at row 0, position 1, where the row ends"),
+        ([ROW, [IMG, 1] * 3 + [1, 1]], torch.ones(3) > 0, r"got only 1 at row 1, position 0, before another"),
+    ],
+)
+def test_placeholders_of_other_tiles(ids, compress, message):
+    with pytest.raises(RuntimeError, match=message):
+        _keep(torch.tensor(ids), None, compress, (3, 1))
+
+
+def test_bad_lengths():
     ids, keep = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, False], [True, True]])
-    with pytest.raises(RuntimeError, match="length must be at least the 2 positions that row 1 keeps, got 1"):
-        VF.compress_positions(ids, keep, 1, placeholder_id=IMG)
     with pytest.raises(RuntimeError, match="length must not be negative, got -1"):
         VF.compress_positions(ids, keep, -1, placeholder_id=IMG)
     with pytest.raises(ValueError, match="padding_side must be 'left' or 'right', got 'up'"):
         VF.compress_positions(ids, keep, 2, placeholder_id=IMG, padding_side="up")
     with pytest.raises(RuntimeError, match="both be positive, got 4 and 4"):
         _keep(ids, None, TWO[:0], (4, 4))
+
+
+@ends_the_device
+def test_lengths_and_positions_of_another_batch():
+    ids, keep = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, False], [True, True]])
+    with pytest.raises(RuntimeError, match="length must be at least the 2 positions that row 1 keeps, got 1"):
+        VF.compress_positions(ids, keep, 1, placeholder_id=IMG)
     for position in ([[0, 1], [1, 2]], [[1, 0], [2, 3]], [[0, 1], [2, 4]]):
         with pytest.raises(RuntimeError, match="position must hold flat positions of its own row, ascending, or -1"):
             VF.renumber_positions(ids, torch.tensor(position))

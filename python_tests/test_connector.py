@@ -449,10 +449,6 @@ def test_plan_of_another_batch():
     _lora(module)
     with pytest.raises(ValueError, match="the plan routes 5 tiles, but tokens hold 4"):
         module(tokens[:4], plan)
-    damaged = RoutingPlan(plan.compress, plan.cu_tokens, plan.order.flip(0), plan.compressed_tiles, plan.tokens)
-    if DEVICE == "cpu":  # on CUDA the check is the device's, and ends the use of it
-        with pytest.raises(RuntimeError, match="is the plan of another batch"):
-            module(tokens, damaged)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 import warnings
 
 import pytest
@@ -183,8 +182,9 @@ def test_a_threshold_waits_once():
     assert len(waits) <= 1, waits
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other workers allocate on the same device")
 def test_all_memory_is_torchs():
-    """Whatever the device has less of after a hundred calls, torch's allocator has."""
+    """Whatever the device has less of after a hundred calls, torch's allocator has; nothing else may use it then."""
     side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5))
     run = [lambda name=name: _run(name, _ops()[name][1]) for name in OPS]
     with torch.no_grad():
@@ -201,20 +201,3 @@ def test_all_memory_is_torchs():
     torch.cuda.synchronize()
     taken = free - torch.cuda.mem_get_info()[0]
     assert taken <= max(0, torch.cuda.memory_reserved() - reserved)
-
-
-BAD_INDEX = """
-import torch
-from vico_ext import functional as VF
-VF.pixel_shuffle(torch.zeros(2, 17, 4, device="cuda"), 2, tile_index=torch.tensor([2], device="cuda"))
-torch.cuda.synchronize()
-"""
-
-
-def test_bad_index_ends_in_a_device_assert_that_says_why(tmp_path):
-    """In a process of its own, because it cannot use the device afterwards."""
-    done = subprocess.run([sys.executable, "-c", BAD_INDEX], capture_output=True, text=True, check=False, cwd=tmp_path)
-    output = done.stdout + done.stderr
-    assert done.returncode != 0, output
-    assert "tile_index must lie in [0, 2), got 2 at position 0" in output
-    assert "device-side assert" in output

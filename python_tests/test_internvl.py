@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import value_case
 from tiny_internvl import (
     ALL,
     COMPRESSED,
@@ -316,8 +317,10 @@ def test_host_syncs_and_no_loop_over_tiles(policy, rows, syncs, monkeypatch):
     assert counts[0] == counts[1]
 
 
-def test_errors_of_inputs(model):
-    vico_ext.patch_internvl(model, policy=ALL)
+# Both compress all tiles. Where a policy fixes their number beforehand, the device compares ids and tiles.
+@pytest.mark.parametrize("policy", [vico_ext.ThresholdPolicy(1e-6), value_case(ALL)])
+def test_errors_of_inputs(model, policy):
+    vico_ext.patch_internvl(model, policy=policy)
     given = inputs((2,))
     short = {**given, "pixel_values": given["pixel_values"][:1]}
     with pytest.raises(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from tiny_internvl import EOS, FULL, IMAGE, NONE, PAD, SIDE, tiny_flash, tiny_model
 
 import vico_ext
@@ -71,7 +72,8 @@ def processor() -> Any:
 
 def picture(width: int, height: int, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=generator).numpy())
+    drawn = torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=generator, device="cpu")
+    return Image.fromarray(drawn.numpy())
 
 
 def test_generate_from_what_the_processor_gives(processor):
@@ -81,7 +83,7 @@ def test_generate_from_what_the_processor_gives(processor):
         "None at all",
     ]
     images = [picture(300, 100, 0), picture(200, 200, 1), picture(50, 90, 2)]
-    given = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    given = processor(images=images, text=texts, padding=True, return_tensors="pt").to(DEVICE)
     model = tiny_model()
     want = model.generate(**given, **GREEDY)
     vico_ext.patch_internvl(model, policy=NONE)
@@ -97,7 +99,7 @@ def test_generate_from_what_the_processor_gives(processor):
     assert 0 < model.vico_report().compressed_tiles < sum(tiles)
     assert [image.tiles for image in model.vico_report().images] == tiles
     assert len(processor.batch_decode(got[:, length:])) == 3
-    alone = processor(images=images[:1], text=texts[:1], return_tensors="pt")
+    alone = processor(images=images[:1], text=texts[:1], return_tensors="pt").to(DEVICE)
     new = model.generate(**alone, **GREEDY)[0, alone["input_ids"].shape[1] :]
     assert torch.equal(got[0, length:][: len(new)], new)
 
@@ -107,7 +109,7 @@ def test_generate_from_a_chat(processor):
     given = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
-    )  # fmt: skip
+    ).to(DEVICE)  # fmt: skip
     model = vico_ext.patch_internvl(tiny_model(), tiny_flash(), vico_ext.BudgetPolicy(fraction=0.5))
     got = model.generate(**given, **GREEDY)
     assert torch.equal(got[:, : given["input_ids"].shape[1]], given["input_ids"])

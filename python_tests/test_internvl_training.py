@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import DEVICE
 from tiny_internvl import ALL, NONE, Decide, connectors, gradients, inputs, labelled, tiny_flash, tiny_model
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ def test_autocast():
     given = labelled((2,), (1, 1))
     exact = model.eval()(**given).loss
     model.train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss = model(**given).loss
     loss.backward()
     assert abs(loss.item() - exact.item()) < 0.1 * exact.item()
@@ -108,7 +109,8 @@ def test_trainer(tmp_path, bf16):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     arguments = TrainingArguments(
         output_dir=tmp_path, max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3, bf16=bf16, report_to=[],
-        use_cpu=True, save_strategy="no", disable_tqdm=True, gradient_checkpointing=True,
+        use_cpu=DEVICE == "cpu", save_strategy="no", disable_tqdm=True, gradient_checkpointing=True,
+        dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=Examples(), data_collator=collate)
     assert trainer.model_accepts_loss_kwargs
@@ -133,7 +135,7 @@ def test_accelerates_unwrapping_keeps_the_patch():
     model = vico_ext.patch_internvl(tiny_model(), policy=ALL)
     given = inputs((2,))
     want = model(**given).logits
-    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=DEVICE == "cpu")
     bare = accelerator.unwrap_model(accelerator.prepare_model(model), keep_fp32_wrapper=False)
     assert torch.equal(bare(**given).logits, want)
 
@@ -142,7 +144,7 @@ def test_hooks_of_device_maps_stay_in_between():
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model()
     given = inputs((2,))
-    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    accelerate.dispatch_model(model, {"": str(given["pixel_values"].device)}, force_hooks=True)
     wrapped = model.__dict__["forward"]
     want = model(**given).logits
     vico_ext.patch_internvl(model, policy=NONE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device import DEVICE
+from device import DEVICE, ends_the_device, value_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -179,10 +179,10 @@ def test_tokens_take_the_dtype_of_embeds():
 
 def test_compile_checkpoint_and_autocast():
     embeds, tokens = torch.randn(5, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
-    index = torch.tensor([4, 1, 2])
+    index, rows = torch.tensor([4, 1, 2]), torch.tensor([1, 1, 0])
 
     def work(embeds, tokens):
-        return VF.gather_tokens(VF.scatter_tokens(embeds * 2, index, tokens), torch.tensor([1, 1, 0]))
+        return VF.gather_tokens(VF.scatter_tokens(embeds * 2, index, tokens), rows)
 
     want = torch.autograd.grad(work(embeds, tokens).sum(), (embeds, tokens))
     compiled = torch.compile(work, fullgraph=True, dynamic=True)
@@ -209,8 +209,8 @@ E23, T43 = torch.zeros(2, 3), torch.zeros(4, 3)
 @pytest.mark.parametrize(
     ("embeds", "tokens", "source", "message"),
     [
-        (E23, T43, [6], r"source must lie in \[-1, 6\), got 6 at position 0"),
-        (E23, T43, [0, -2], r"source must lie in \[-1, 6\), got -2 at position 1"),
+        value_case(E23, T43, [6], r"source must lie in \[-1, 6\), got 6 at position 0"),
+        value_case(E23, T43, [0, -2], r"source must lie in \[-1, 6\), got -2 at position 1"),
         (E23, torch.zeros(4, 2), [0], r"tokens must have the hidden size of embeds \(3\), got shape \[4, 2\]"),
         (E23, T43.double(), [0], "tokens must have the dtype of embeds .float32., got float64"),
         (E23.long(), T43.long(), [0], "embeds must be float32, float64, bfloat16 or float16, got int64"),
@@ -228,9 +228,11 @@ def test_bad_merges(embeds, tokens, source, message):
 @pytest.mark.parametrize(
     ("embeds", "index", "tokens", "message"),
     [
-        (torch.zeros(4, 3), [4], torch.zeros(1, 3), r"index must lie in \[0, 4\), got 4 at position 0"),
-        (torch.zeros(4, 3), [1, -1], torch.zeros(2, 3), r"index must lie in \[0, 4\), got -1 at position 1"),
-        (torch.zeros(4, 3), [1, 2, 1], torch.zeros(3, 3), "must not name a row twice, got 1 again at position 2"),
+        value_case(torch.zeros(4, 3), [4], torch.zeros(1, 3), r"index must lie in \[0, 4\), got 4 at position 0"),
+        value_case(torch.zeros(4, 3), [1, -1], torch.zeros(2, 3), r"index must lie in \[0, 4\), got -1 at position 1"),
+        value_case(
+            torch.zeros(4, 3), [1, 2, 1], torch.zeros(3, 3), "must not name a row twice, got 1 again at position 2"
+        ),
         (torch.zeros(4, 3), [1], torch.zeros(2, 3), r"index must have one entry per row of tokens \(2\), got 1"),
         (torch.zeros(4, 3), [1], torch.zeros(1, 2), r"hidden size of embeds \(3\), got shape \[1, 2\]"),
         (torch.zeros(3, 4).t(), [1], torch.zeros(1, 3), "channels next to each other, got stride 4"),
@@ -242,9 +244,13 @@ def test_bad_scatters(embeds, index, tokens, message):
         VF.scatter_tokens_(embeds, torch.tensor(index), tokens)
 
 
-def test_bad_scatter_out_of_place_and_onto_itself():
+@ends_the_device
+def test_bad_scatter_out_of_place():
     with pytest.raises(RuntimeError, match=r"index must lie in \[0, 4\), got 9 at position 0"):
         VF.scatter_tokens(torch.zeros(4, 3), torch.tensor([9]), torch.zeros(1, 3))
+
+
+def test_bad_scatter_onto_itself():
     embeds = torch.zeros(4, 3)
     with pytest.raises(RuntimeError, match="tokens must not share memory with embeds"):
         VF.scatter_tokens_(embeds, torch.tensor([0]), embeds[1:2])

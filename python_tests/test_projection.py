@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE, ends_the_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES
@@ -190,7 +191,7 @@ def test_fused_connector_has_the_same_dropout_and_gradients():
 def test_fused_connector_under_autocast_and_compile():
     module, fused = (m.eval() for m in connectors(torch.float32))
     tokens, plan = torch.randn(3, 65, 16), plan_of((True, False, True), (16, 4))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got, want = fused(tokens, plan), module(tokens, plan)
     assert got.dtype == want.dtype == torch.bfloat16
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
@@ -254,6 +255,12 @@ def test_plan_of_another_batch():
         packed_op(*arguments, plan.cu_tokens[:2], plan.order)
     with pytest.raises(RuntimeError, match="order must be int64, got int32"):
         packed_op(*arguments, plan.cu_tokens, plan.order.int())
+
+
+@ends_the_device
+def test_values_of_another_batchs_plan():
+    plan = plan_of((False, True), (4, 2))
+    arguments = (*group(1, 4, 8, 6, torch.bfloat16), *group(1, 2, 8, 6, torch.bfloat16))
     # The CUDA kernels, which the test build runs, see only what leads outside.
     with pytest.raises(RuntimeError, match=r"must begin with 0, got 3|rows must go to places in \[0, 6\)"):
         packed_op(*arguments, plan.cu_tokens + 3, plan.order)

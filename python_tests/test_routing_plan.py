@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from device import cpu_only
+from device import ends_the_device, value_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -278,10 +278,12 @@ def test_opcheck(dtype):
         ({"p": torch.rand(2, 2)}, ValueError, r"p must be a floating tensor of shape \[tiles\], got .*\[2, 2\]"),
         ({"p": torch.tensor([1, 0])}, ValueError, "p must be a floating tensor .* got torch.int64"),
         ({"p": [0.5]}, TypeError, r"p must be a tensor of shape \[tiles\], got list"),
-        ({"p": torch.tensor([0.1, float("nan"), 0.2])}, RuntimeError, "got NaN for tile 1"),
-        ({"p": torch.tensor([0.1, 0.2, 1.5])}, RuntimeError, r"probabilities in \[0, 1\], got 1.5 for tile 2"),
-        ({"p": torch.tensor([-1.0]).bfloat16()}, RuntimeError, r"in \[0, 1\], got -1 for tile 0"),
-        ({"p": torch.tensor([float("inf")])}, RuntimeError, r"in \[0, 1\], got inf for tile 0"),
+        value_case({"p": torch.tensor([0.1, float("nan"), 0.2])}, RuntimeError, "got NaN for tile 1"),
+        value_case(
+            {"p": torch.tensor([0.1, 0.2, 1.5])}, RuntimeError, r"probabilities in \[0, 1\], got 1.5 for tile 2"
+        ),
+        value_case({"p": torch.tensor([-1.0]).bfloat16()}, RuntimeError, r"in \[0, 1\], got -1 for tile 0"),
+        value_case({"p": torch.tensor([float("inf")])}, RuntimeError, r"in \[0, 1\], got inf for tile 0"),
         ({"policy": ThresholdPolicy}, TypeError, "an instance is wanted, not the class"),
         ({"policy": 0.5}, TypeError, "policy must be a RoutingPolicy .* got 0.5"),
         ({"policy": PerImagePolicy(0.5, 0.5)}, ValueError, "PerImagePolicy needs tiles_per_image"),
@@ -306,7 +308,7 @@ def test_bad_arguments(kwargs, error, message):
         vico_ext.plan_routing(**arguments)
 
 
-@cpu_only("a GPU's threads find them in any order")
+@ends_the_device  # and a GPU's threads find them in any order
 @pytest.mark.skipif(_C.cuda == "host", reason="the emulated device's threads, too")
 def test_the_first_bad_probability_is_named():
     with pytest.raises(RuntimeError, match="got NaN for tile 1"):
@@ -338,21 +340,27 @@ def test_bad_policies_and_masks(make, error, message):
 def test_bad_budgets():
     with pytest.raises(RuntimeError, match=r"count must lie in \[0, 3\], the number of tiles, got 4"):
         VF.budget_route(torch.rand(3), 4)
-    with pytest.raises(RuntimeError, match="p must hold probabilities, got NaN for tile 1"):
-        VF.budget_route(torch.tensor([0.5, torch.nan]), 1)
     with pytest.raises(RuntimeError, match=r"p must have shape \[tiles\]"):
         VF.budget_route(torch.rand(3, 1), 1)
+
+
+@ends_the_device
+def test_a_budget_over_nan():
+    with pytest.raises(RuntimeError, match="p must hold probabilities, got NaN for tile 1"):
+        VF.budget_route(torch.tensor([0.5, torch.nan]), 1)
 
 
 @pytest.mark.parametrize(
     ("p", "cu_tiles", "relative", "message"),
     [
         (torch.rand(3), None, 1.5, r"relative must lie in \[0, 1\], got 1.5"),
-        (torch.rand(3), torch.tensor([0, 2]), 0.5, r"end with the number of tiles \(3\), got 0 and 2"),
-        (torch.rand(3), torch.tensor([0, 2, 1, 3]), 0.5, "cu_tiles must not decrease, got 2 then 1 at position 1"),
+        value_case(torch.rand(3), torch.tensor([0, 2]), 0.5, r"end with the number of tiles \(3\), got 0 and 2"),
+        value_case(
+            torch.rand(3), torch.tensor([0, 2, 1, 3]), 0.5, "cu_tiles must not decrease, got 2 then 1 at position 1"
+        ),
         (torch.rand(3), torch.tensor([0, 3], dtype=torch.int32), 0.5, "cu_tiles must be int64, got int32"),
         (torch.rand(3), torch.empty(0, dtype=torch.int64), 0.5, r"cu_tiles must have shape \[segments \+ 1\], got \[0"),
-        (torch.tensor([0.5, float("nan")]), None, 0.5, "p must hold probabilities, got NaN for tile 1"),
+        value_case(torch.tensor([0.5, float("nan")]), None, 0.5, "p must hold probabilities, got NaN for tile 1"),
         (torch.rand(3, 1), None, 0.5, r"p must have shape \[tiles\]"),
         (torch.tensor([1]), None, 0.5, "p must be float32, float64, bfloat16 or float16, got int64"),
     ],

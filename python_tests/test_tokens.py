@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from device import DEVICE
+from device import DEVICE, ends_the_device, value_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -215,8 +215,12 @@ def test_a_given_length_pads_every_row():
     assert got.inputs_embeds.shape == (2, 9, HIDDEN)
     assert got.attention_mask.sum(1).tolist() == [4, 1]
     assert not got.inputs_embeds[got.attention_mask == 0].any()
+
+
+@ends_the_device
+def test_a_given_length_holds_every_row():
     with pytest.raises(RuntimeError, match="length must be at least the 4 positions that row 0 keeps, got 3"):
-        batch.merge(length=3)
+        make_batch(["tIt", "t"], [True], left=True).merge(length=3)
 
 
 def test_empty_batches():
@@ -354,10 +358,14 @@ def test_sequences_copy(how):
         ({"inputs_embeds": torch.zeros(1, 6)}, ValueError, r"shape \[1, 6, 'H'\] like input_ids, got \[1, 6\]"),
         ({"inputs_embeds": torch.zeros(1, 6, 3)}, RuntimeError, r"hidden size of embeds \(3\), got shape \[2, 2\]"),
         ({"visual_tokens": torch.zeros(4, 2)}, ValueError, r"\[2, H\], .*0 tiles of 4, 1 of 2\), got \[4, 2\]"),
-        ({"input_ids": torch.zeros(1, 6).long()}, RuntimeError, "must hold 4 placeholders .* got 0. Is the plan that"),
-        ({"input_ids": torch.tensor([[7, 7, 0, 7, 7, 0]])}, RuntimeError, "only 2 at row 0, position 0, before anoth"),
+        value_case(
+            {"input_ids": torch.zeros(1, 6).long()}, RuntimeError, "must hold 4 placeholders .* got 0. Is the plan that"
+        ),
+        value_case(
+            {"input_ids": torch.tensor([[7, 7, 0, 7, 7, 0]])}, RuntimeError, "only 2 at row 0, position 0, before anoth"
+        ),
         ({"input_ids": torch.zeros(1, 6).int()}, RuntimeError, "input_ids must be int64, got int32"),
-        ({"placeholder_id": 8}, RuntimeError, r"4 placeholders \(id 8\)"),
+        value_case({"placeholder_id": 8}, RuntimeError, r"4 placeholders \(id 8\)"),
     ],
 )
 def test_bad_arguments(change, error, message):
@@ -378,5 +386,11 @@ def test_a_plan_of_another_batch():
     batch.plan = RoutingPlan.from_compress(torch.tensor([True, False, True]), (4, 2))
     with pytest.raises(ValueError, match=r"visual_tokens must have shape \[8, H\]"):
         batch.merge()
+
+
+@ends_the_device
+def test_ids_of_another_batch():
+    batch = make_batch(["tIIt"], [True, False], left=True)
+    batch.plan = RoutingPlan.from_compress(torch.tensor([True, False, True]), (4, 2))
     with pytest.raises(RuntimeError, match=r"must hold 12 placeholders \(id 7\) in the whole batch.* 3 tiles .* got 8"):
         vico_ext.compress_sequence(batch.ids, batch.plan, placeholder_id=IMG)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from tiny_internvl import COMPRESSED, FULL, IMAGE, NONE, Decide
 from tiny_training import consistency, metrics, router, save_data, save_model, tensors
 
@@ -178,6 +179,23 @@ def test_rates_are_drawn_per_tile_or_per_image_whatever_else_is_in_the_batch():
     assert not (draw_rates(fake_batch(((8,) * 100,), (4,)), 0.25, "tile").view(100, 8) == many).all()
 
 
+def test_the_default_device_changes_no_draw_and_no_batch(flash, data):
+    """meta stands for any device but the CPU: a tensor that lands there has lost its values."""
+    batch, compress = fake_batch(((3, 2), (4,)), (1, 2)), torch.rand(50) < 0.3
+    options = EvalOptions(model=str(flash), data=str(data), out="-", workers=0)
+    samples = read_data(options, load_model(flash, torch.float32, 0)[0].config, measure=False)
+    want = (draw_rates(batch, 0.5, "tile"), draw_rates(batch, 0.5, "image"), random_like(compress, 0))
+    tensors = vars(samples.collate([samples[Draw(0, 1)], samples[Draw(3, 2)]]))
+    with torch.device("meta"):
+        got = (draw_rates(batch, 0.5, "tile"), draw_rates(batch, 0.5, "image"), random_like(compress, 0))
+        again = vars(samples.collate([samples[Draw(0, 1)], samples[Draw(3, 2)]]))
+        nothing = samples.collate([[]])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for name, value in tensors.items():
+        assert torch.equal(again[name], value) if isinstance(value, torch.Tensor) else again[name] == value
+        assert getattr(getattr(nothing, name), "device", torch.device("cpu")).type == "cpu"
+
+
 def test_connector_64_starts_as_average_pooling_of_connector_256():
     connector = vico_ext.FusedConnector(8, 12).double().eval()
     for p in connector.parameters():
@@ -220,7 +238,7 @@ def test_row_means_and_window():
     values = torch.rand(80)
     window.add(torch.cat([values[:40], torch.tensor([float("nan"), float("inf")])]))
     window.add(values[40:])
-    assert window.tau == pytest.approx(np.percentile(values[30:].double().numpy(), 65.0))
+    assert window.tau == pytest.approx(np.percentile(values[30:].double().cpu().numpy(), 65.0))
     compress = torch.rand(100) < 0.3
     assert random_like(compress, 0).sum() == compress.sum()
     assert not torch.equal(random_like(compress, 0), compress)
@@ -294,14 +312,14 @@ def test_loss_ratios_are_those_of_whole_forward_passes(others, flash, model, dat
     samples = run.samples
     items = range(len(samples.corpus.items))
     assert [len(samples.corpus.items[i].lines) for i in items] == [2] * 6
-    batch = samples.collate([samples[Draw(i, 10 + i)] for i in items[:3]])
+    batch = samples.collate([samples[Draw(i, 10 + i)] for i in items[:3]]).to(torch.device(DEVICE))
     with torch.no_grad():
         got = run.stage.module(batch, phase="ratios")["ratios"]
     others_drawn = torch.zeros(sum(batch.tiles), dtype=torch.bool)
     if others == "random":
         others_drawn = draw_rates(batch, 0.5, "tile")
     reference, _ = load_model(model, torch.float32, 0)
-    reference.model.vico.policy = NONE
+    reference.to(DEVICE).model.vico.policy = NONE
     run.policy.eval()
 
     def loss(item: int, compress: list[bool]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from device import DEVICE
 from torch import Tensor, nn
 
 import vico_ext
@@ -47,22 +48,25 @@ def tiny_model(text: str = "qwen2", seed: int = 0, dtype: torch.dtype = torch.fl
     from transformers import InternVLForConditionalGeneration
 
     torch.manual_seed(seed)
-    model = InternVLForConditionalGeneration(tiny_config(text))
+    with torch.device("cpu"):  # the same numbers wherever it goes
+        model = InternVLForConditionalGeneration(tiny_config(text))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = EOS
-    return model.to(dtype).eval()
+    return model.to(DEVICE, dtype).eval()
 
 
 def tiny_flash(seed: int = 1) -> vico_ext.FlashWeights:
     """Random Flash weights of that size; the router is unsure enough to compress some tiles at 0.5 and not others."""
     torch.manual_seed(seed)
-    connector, router = vico_ext.FusedConnector(32, 48), vico_ext.VisualResolutionRouter(32)
+    with torch.device("cpu"):
+        connector, router = vico_ext.FusedConnector(32, 48), vico_ext.VisualResolutionRouter(32)
     with torch.no_grad():
         router.gating.gate[1].weight.mul_(8)
+    connector, router = connector.to(DEVICE), router.to(DEVICE)
     return vico_ext.FlashWeights(dict(connector.state_dict()), dict(router.state_dict()), 32, 48)
 
 
@@ -84,7 +88,7 @@ def row(*images: int, seed: int = 0, text: int = 5) -> list[int]:
     words = torch.Generator().manual_seed(seed)
 
     def some() -> list[int]:
-        return torch.randint(10, VOCABULARY, (text,), generator=words).tolist()
+        return torch.randint(10, VOCABULARY, (text,), generator=words, device="cpu").tolist()
 
     ids = some()
     for tiles in images:
@@ -105,8 +109,8 @@ def batch(*rows: list[int], side: str = "left") -> dict[str, Tensor]:
 def pixels(tiles: int, seed: int = 0) -> Tensor:
     """Pixel values of so many tiles, each unlike the others."""
     generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand(tiles, 3, 1, 1, generator=generator) * 3
-    return torch.randn(tiles, 3, SIDE, SIDE, generator=generator) * scale
+    scale = torch.rand(tiles, 3, 1, 1, generator=generator, device="cpu") * 3
+    return (torch.randn(tiles, 3, SIDE, SIDE, generator=generator, device="cpu") * scale).to(DEVICE)
 
 
 def inputs(*images: tuple[int, ...], side: str = "left", seed: int = 0) -> dict[str, Tensor]:

@@ -314,7 +314,7 @@ def _checked_images(tiles_per_image: Sequence[int] | Tensor, tiles: int) -> Tens
         raise ValueError(f"tiles_per_image must not be negative, got {images}")
     if sum(images) != tiles:
         raise ValueError(f"tiles_per_image must add up to the {tiles} tiles of p, got {images} = {sum(images)} tiles")
-    return torch.tensor(images, dtype=torch.int64)
+    return torch.tensor(images, dtype=torch.int64, device="cpu")  # whatever the default device, as they came
 
 
 def _to_device(images: Tensor, device: torch.device) -> Tensor:

@@ -74,7 +74,9 @@ tests() {
   what=.
   [ "$device" = cuda ] || what='test_doors.py test_pixel_shuffle.py'
   # shellcheck disable=SC2046,SC2086
-  "$python" -m pytest -q -p no:cacheprovider --durations=10 $(workers) $what
+  "$python" -m pytest -q -p no:cacheprovider --durations=10 $(workers) $what || return 1
+  # What needs the GPU for itself.
+  [ -z "$(workers)" ] || "$python" -m pytest -q -p no:cacheprovider test_cuda.py -k all_memory
 }
 sanitize() {
   cd python_tests || return 1

@@ -13,7 +13,7 @@ on_gpu() {
   mkdir -p "$out"
   "${NVCC:-nvcc}" -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -I"$root/csrc" \
     "$here/conformance/conformance.cu" -o "$out/conformance_gpu"
-  "$out/conformance_gpu" "$1.partial"
+  "$out/conformance_gpu" "$1.partial" || { echo "what did not fail is in $1.partial" >&2; return 1; }
   mv "$1.partial" "$1"
 }
 

@@ -188,7 +188,7 @@ def router_pool(
     for _ in range(4):
         w_query, b_query, w_key, w_value, b_value, w_out, b_out = attention
         q = _linear(query, w_query, b_query) * head**-0.5
-        context = _attention_pool(tokens, _linear(q.unflatten(1, (num_heads, head)), w_key), int(has_cls))
+        context = _attention_pool(tokens, _linear(q.view(-1, num_heads, head), w_key), int(has_cls))
         out = _linear(_linear(context, w_value, b_value).flatten(1), w_out, b_out)
         query = _layer_norm(out, norm, eps)
         attention, norm = later, norm2
@@ -200,8 +200,9 @@ def _absorbed(attn: Attention, heads: int) -> tuple[Tensor, ...]:
     in_weight, in_bias, out_weight, out_bias = (_cast(t) for t in attn)
     w_query, w_key, w_value = in_weight.chunk(3)
     b_query, _, b_value = in_bias.chunk(3)
-    w_key = w_key.unflatten(0, (heads, -1)).transpose(1, 2)
-    w_value, b_value = w_value.unflatten(0, (heads, -1)), b_value.unflatten(0, (heads, -1))
+    # Not unflatten: torch 2.11 cannot compile it where a default device is set.
+    w_key = w_key.reshape(heads, -1, w_key.shape[1]).transpose(1, 2)
+    w_value, b_value = w_value.reshape(heads, -1, w_value.shape[1]), b_value.reshape(heads, -1)
     return w_query, b_query, w_key, w_value, b_value, out_weight, out_bias
 
 

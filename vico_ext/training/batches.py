@@ -193,6 +193,10 @@ class Samples(Dataset):
     cache: Any = None
 
     def __getitem__(self, draw: Draw) -> Sample | list[Problem]:
+        with torch.device("cpu"):  # whatever the default device: worker processes may not use another
+            return self._load(draw)
+
+    def _load(self, draw: Draw) -> Sample | list[Problem]:
         item = self.corpus.items[draw.item]
         try:
             records = self.corpus.read(item)
@@ -233,6 +237,10 @@ class Samples(Dataset):
 
     def collate(self, loaded: Sequence[Sample | list[Problem]]) -> MicroBatch:
         """The micro-batch of some items."""
+        with torch.device("cpu"):
+            return self._collated(loaded)
+
+    def _collated(self, loaded: Sequence[Sample | list[Problem]]) -> MicroBatch:
         samples = [one for one in loaded if isinstance(one, Sample)]
         problems = [p for one in loaded for p in (one.problems if isinstance(one, Sample) else one)]
         if not samples:

@@ -26,8 +26,9 @@ def draw_rates(batch: MicroBatch, share: float, per: str) -> Tensor:
     flags: list[Tensor] = []
     for seed, images in zip(batch.seeds, batch.images_of_item, strict=True):
         chance = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(sum(images) if per == "tile" else len(images), generator=chance) < share
-        flags.append(drawn if per == "tile" else drawn.repeat_interleave(torch.tensor(images)))
+        number = sum(images) if per == "tile" else len(images)
+        drawn = torch.rand(number, generator=chance, device="cpu") < share
+        flags.append(drawn if per == "tile" else drawn.repeat_interleave(torch.tensor(images, device="cpu")))
     return torch.cat(flags).to(batch.pixel_values.device)
 
 
@@ -125,7 +126,7 @@ class ConsistencyStage:
         out = module(batch, scale)
 
         def bad_lines() -> list[int]:
-            rows = torch.arange(batch.rows).repeat_interleave(batch.answer_tokens.cpu())
+            rows = torch.arange(batch.rows, device="cpu").repeat_interleave(batch.answer_tokens.cpu())
             return sorted({batch.lines[int(row)] for row in rows[~out["tokens"].isfinite().cpu()]})
 
         figures = {} if batch.blank else {"visual_tokens": out["kept"], "visual_tokens_whole": out["whole"]}

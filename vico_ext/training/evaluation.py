@@ -62,8 +62,12 @@ class _Routing:
 
 def random_like(compress: Tensor, seed: int) -> Tensor:
     """As many tiles, chosen at random from all."""
-    order = torch.randperm(len(compress), generator=torch.Generator().manual_seed(seed))
-    return compress[order]
+    order = torch.randperm(len(compress), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return compress[order.to(compress.device)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device="cpu")
 
 
 class Evaluation:
@@ -123,7 +127,7 @@ class Evaluation:
     @property
     def outcomes(self) -> Decisions:
         """Which conversations each routing answered exactly, ``[C]`` bool, in the order of the data."""
-        return {name: torch.cat(own) if own else torch.zeros(0, dtype=torch.bool) for name, own in self._exact.items()}
+        return {name: _joined(own) for name, own in self._exact.items()}
 
     def _batches(self, name: str) -> Iterator[MicroBatch]:
         items, size = len(self.samples.corpus.items), self.options.micro_batch
@@ -146,10 +150,10 @@ class Evaluation:
                 for name, policy in self.policies.items():
                     parts[name].append(self._decide(own, policy, images))
             tiles += len(p)
-        decisions: Decisions = {ALL_WHOLE: torch.zeros(tiles, dtype=torch.bool)}
+        decisions: Decisions = {ALL_WHOLE: torch.zeros(tiles, dtype=torch.bool, device="cpu")}
         decisions[ALL_COMPRESSED] = ~decisions[ALL_WHOLE]
         for name, own in parts.items():
-            decisions[name] = torch.cat(own) if own else torch.zeros(0, dtype=torch.bool)
+            decisions[name] = _joined(own)
             decisions[f"random as {name}"] = random_like(decisions[name], self.options.seed)
         for name, given in self.routings.items():
             if name in decisions:
@@ -231,7 +235,7 @@ class Evaluation:
                 own = zip(p.split(batch.tiles), batch.images_of_item, strict=True)
                 compress = torch.cat([self._decide(part, self.policies[name], images) for part, images in own])
             else:
-                compress = torch.full((len(vit_tokens),), name == ALL_COMPRESSED)
+                compress = torch.full((len(vit_tokens),), name == ALL_COMPRESSED, device=self.device)
             plan = RoutingPlan.from_compress(compress.to(self.device), tokens_per_tile(self.model.config))
             visual = visual_tokens(self.model, vit_tokens, plan)
             given = (visual, plan, ids, mask, predict, self.model.config.image_token_id)

@@ -37,7 +37,7 @@ class RatioWindow:
 
     def __init__(self, size: int, percentile: float) -> None:
         self.size, self.percentile = size, percentile
-        self.ratios = torch.empty(0, dtype=torch.float64)
+        self.ratios = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def add(self, ratios: Tensor) -> None:
         """Takes in new ratios, oldest first; those that are not finite are left out."""
@@ -140,7 +140,7 @@ class RouterModule(nn.Module):
         if self.options.others == "random":
             return draw_rates(batch, self.options.compress_share, "tile")
         if self.options.others == "full":
-            return torch.zeros(len(vit_tokens), dtype=torch.bool)
+            return torch.zeros(len(vit_tokens), dtype=torch.bool, device=vit_tokens.device)
         with evaluating(self.router):
             return self.router(vit_tokens) >= 0.5
 

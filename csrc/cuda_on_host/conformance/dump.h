@@ -43,11 +43,13 @@ class Array {
   Array& operator=(const Array&) = delete;
 
   T* data() const { return memory_; }
-  std::vector<T> values() const {
+  // What the kernels before have left here; `name` goes into the message where one of them failed.
+  std::vector<T> values(const std::string& name) const {
     std::vector<T> v(size_);
 #ifdef __CUDACC__
-    vico::check_cuda(cudaMemcpy(v.data(), memory_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "a conformance kernel");
+    vico::check_cuda(cudaMemcpy(v.data(), memory_, size_ * sizeof(T), cudaMemcpyDeviceToHost), name.c_str());
 #else
+    static_cast<void>(name);
     std::memcpy(v.data(), memory_, size_ * sizeof(T));
 #endif
     return v;
@@ -95,7 +97,7 @@ class Random {
   uint64_t state_;
 };
 
-// A safetensors file of named arrays.
+// A safetensors file of named arrays, in order.
 class Dump {
  public:
   template <class T>
@@ -107,11 +109,9 @@ class Dump {
       dims += (dims.empty() ? "" : ",") + std::to_string(n);
     }
     if (elements != values.size()) throw std::runtime_error(name + " has another shape");
-    const size_t begin = bytes_.size(), end = begin + values.size() * sizeof(T);
-    header_ += (header_.empty() ? "" : ",") + ("\"" + name) + "\":{\"dtype\":\"" + type_name(T{}) + "\",\"shape\":[" +
-               dims + "],\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) + "]}";
     const auto* p = reinterpret_cast<const unsigned char*>(values.data());
-    bytes_.insert(bytes_.end(), p, p + values.size() * sizeof(T));
+    entries_.push_back({"\"" + name + "\":{\"dtype\":\"" + type_name(T{}) + "\",\"shape\":[" + dims + "]",
+                        std::vector<unsigned char>(p, p + values.size() * sizeof(T))});
   }
   template <class T>
   Array<T> input(const std::string& name, const std::vector<T>& values, const std::vector<size_t>& shape) {
@@ -120,22 +120,62 @@ class Dump {
   }
   template <class T>
   void output(const std::string& name, const Array<T>& array, const std::vector<size_t>& shape) {
-    add(name, array.values(), shape);
+    add(name, array.values(name), shape);
   }
 
   // `device` goes into the metadata.
   void write(const char* path, const std::string& device) const {
-    std::string header = "{\"__metadata__\":{\"device\":\"" + device + "\"}," + header_ + "}";
+    std::string header = "{\"__metadata__\":{\"device\":\"" + device + "\"}";
+    uint64_t begin = 0;
+    for (const Entry& e : entries_) {
+      const uint64_t end = begin + e.bytes.size();
+      header += "," + e.header + ",\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) + "]}";
+      begin = end;
+    }
+    header += "}";
     header.resize((header.size() + 7) / 8 * 8, ' ');
-    const uint64_t length = header.size();
     std::FILE* file = std::fopen(path, "wb");
     if (!file) throw std::runtime_error(std::string("cannot write ") + path);
-    const bool ok = std::fwrite(&length, 8, 1, file) == 1 && std::fwrite(header.data(), length, 1, file) == 1 &&
-                    std::fwrite(bytes_.data(), bytes_.size(), 1, file) == 1;
-    if (std::fclose(file) != 0 || !ok) throw std::runtime_error(std::string("cannot write ") + path);
+    put(file, header);
+    for (const Entry& e : entries_) put(file, e.bytes, false);
+    if (std::fclose(file) != 0) throw std::runtime_error(std::string("cannot write ") + path);
+  }
+
+  // From one process to another, through an open file.
+  void send(std::FILE* file) const {
+    for (const Entry& e : entries_) {
+      put(file, e.header);
+      put(file, e.bytes);
+    }
+    if (std::fflush(file) != 0) throw std::runtime_error("cannot write a temporary file");
+  }
+  void receive(std::FILE* file) {
+    Entry e;
+    while (get(file, e.header) && get(file, e.bytes)) entries_.push_back(e);
   }
 
  private:
+  struct Entry {
+    std::string header;  // of the file: name, type and shape
+    std::vector<unsigned char> bytes;
+  };
+
+  template <class Bytes>
+  static void put(std::FILE* file, const Bytes& bytes, bool with_length = true) {
+    const uint64_t length = bytes.size();
+    if ((with_length && std::fwrite(&length, 8, 1, file) != 1) ||
+        std::fwrite(bytes.data(), 1, length, file) != length) {
+      throw std::runtime_error("cannot write the results");
+    }
+  }
+  template <class Bytes>
+  static bool get(std::FILE* file, Bytes& bytes) {
+    uint64_t length;
+    if (std::fread(&length, 8, 1, file) != 1) return false;
+    bytes.resize(length);
+    return std::fread(&bytes[0], 1, length, file) == length;
+  }
+
   static const char* type_name(uint8_t) { return "U8"; }
   static const char* type_name(int8_t) { return "I8"; }
   static const char* type_name(uint16_t) { return "U16"; }
@@ -144,8 +184,7 @@ class Dump {
   static const char* type_name(float) { return "F32"; }
   static const char* type_name(double) { return "F64"; }
 
-  std::string header_;
-  std::vector<unsigned char> bytes_;
+  std::vector<Entry> entries_;
 };
 
 }  // namespace conformance

@@ -84,7 +84,7 @@ inline void dump_atomics(Dump& dump, Random& random) {
   dump.output("atomic/float_old", float_old, {kCells});
   dump.output("atomic/float_out", float_cells, {kCells});
   dump.output("atomic/counter", counter, {1});
-  std::vector<unsigned> sorted = tickets.values();  // their order is not determined
+  std::vector<unsigned> sorted = tickets.values("atomic/tickets");  // their order is not determined
   std::sort(sorted.begin(), sorted.end());
   dump.add("atomic/tickets", sorted, {sorted.size()});
 }

@@ -77,13 +77,13 @@ void dump_wgmma(Dump& dump, Random& random, ptx::Swizzle swizzle, int limit, boo
                reinterpret_cast<const uint4*>(a.data()), reinterpret_cast<const uint4*>(b.data()), c.data(), out.data(),
                descriptors.data(), layout_a, layout_b, swizzle, accumulate);
   std::vector<uint32_t> words;
-  for (uint64_t d : descriptors.values()) {
+  for (uint64_t d : descriptors.values(name)) {
     words.push_back(static_cast<uint32_t>(d));
     words.push_back(static_cast<uint32_t>(d >> 32));
   }
   dump.add(name + "/descriptors", words, {2, 2});
   if (!limit) return dump.output(name + "/out", out, {128, kN / 2});
-  const std::vector<float> sums = out.values();
+  const std::vector<float> sums = out.values(name);
   for (size_t i = 0; i < kOutputs; ++i) {  // whole numbers below 128: a byte is enough
     whole[i] = static_cast<int8_t>(sums[i]);
     if (static_cast<float>(whole[i]) != sums[i]) throw std::runtime_error(name + " is not a small whole number");
@@ -104,17 +104,6 @@ void dump_wgmma_sizes(Dump& dump, Random& random) {
   dump_wgmma<256, kHalf, false, true>(dump, random, ptx::Swizzle::k128, 2);
   dump_wgmma<64, kHalf, false, false>(dump, random, ptx::Swizzle::k128, 2, false);
   dump_wgmma<64, kHalf, false, false>(dump, random, ptx::Swizzle::k128, 0);
-}
-
-inline void dump_every_wgmma(Dump& dump, Random& random) {
-  dump_wgmma_swizzles<false, false, false>(dump, random);
-  dump_wgmma_swizzles<false, false, true>(dump, random);
-  dump_wgmma_swizzles<false, true, false>(dump, random);
-  dump_wgmma_swizzles<false, true, true>(dump, random);
-  dump_wgmma_swizzles<true, false, false>(dump, random);
-  dump_wgmma<64, true, true, true>(dump, random, ptx::Swizzle::k128, 2);
-  dump_wgmma_sizes<false>(dump, random);
-  dump_wgmma_sizes<true>(dump, random);
 }
 
 }  // namespace conformance
