@@ -29,6 +29,7 @@ struct BiasGeluParams {
   int64_t elements = 0;        // rows * columns; without a bias any number
   const void* x = nullptr;     // [rows, columns]
   const void* bias = nullptr;  // [columns], float, or double where x is double; null: none
+  bool element_bias = false;   // CUDA: bias is of type `dtype` instead
   void* out = nullptr;         // [rows, columns]; may be `x`
   DropoutMask mask;
 };
@@ -41,6 +42,7 @@ struct BiasGeluBackwardParams {
   const void* grad_out = nullptr;
   const void* x = nullptr;
   const void* bias = nullptr;  // as above
+  bool element_bias = false;   // as above
   void* grad_x = nullptr;
   void* partials = nullptr;  // [chunks, columns], type of bias: grad_bias of each chunk of rows; null: not wanted
   DropoutMask mask;

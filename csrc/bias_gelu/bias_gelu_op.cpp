@@ -23,7 +23,7 @@ void run_forward(const Tensor& x, const std::optional<Tensor>& bias_in, const st
   p.dtype = checked_dtype(x, bias_in, op);
   p.mask = dropout_mask(x, "x", seed, dropout, op);
   if (x.numel() == 0) return;
-  const std::optional<Tensor> bias = as_accumulate(bias_in, p.dtype);
+  const std::optional<Tensor> bias = as_parameter(bias_in, p.dtype, p.element_bias);
   p.columns = x.size(x.dim() - 1);
   p.elements = x.numel();
   p.x = x.const_data_ptr();
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_op(const Tensor& grad_out_in, cons
              shape_string(x_in), ", got ", shape_string(grad_out_in));
   p.mask = dropout_mask(x_in, "x", seed, dropout, kOp);
   const Tensor grad_out = to_contiguous(grad_out_in), x = to_contiguous(x_in);
-  const std::optional<Tensor> bias = as_accumulate(bias_in, p.dtype);
+  const std::optional<Tensor> bias = as_parameter(bias_in, p.dtype, p.element_bias);
   Tensor grad_x = torch::stable::empty_like(x);
   Tensor grad_bias = bias_in ? make_tensor(*bias_in, {bias_in->numel()}) : make_tensor(x, {0});
   p.elements = x.numel();

@@ -31,8 +31,8 @@ VICO_DEVICE void exchange_words(uint32_t (&words)[4]) {
 
 // Bit i: whether dropout keeps element first + i, of kN. `aligned`, the same for the whole warp, says that the first
 // elements of the warp's threads are 8 apart and that those of its first thread begin a block of 32: then four threads,
-// which share such a block, draw two of its eight counters each and exchange their words. Otherwise each element draws
-// for itself, and three words of four are thrown away. All threads of a warp must call this.
+// which share such a block, draw two of its eight counters each and tell each other by votes what is kept. Otherwise
+// each element draws for itself, and three words of four are thrown away. All threads of a warp must call this.
 template <int kN, class Mask>
 VICO_DEVICE uint32_t kept_bits(const Mask& mask, uint64_t seed, int64_t first, bool aligned) {
   uint32_t bits = 0;
@@ -42,12 +42,18 @@ VICO_DEVICE uint32_t kept_bits(const Mask& mask, uint64_t seed, int64_t first, b
       uint32_t even[4], odd[4];
       draw_words(even, seed, counter);
       draw_words(odd, seed, counter + 1);
-      exchange_words(even);
-      exchange_words(odd);
+      // Lane t of four draws the words of elements 2 t and 2 t + 1 for all four, and needs word t of each.
+      uint32_t pairs = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        bits |= uint32_t{even[i] < mask.keep_below} << (2 * i) | uint32_t{odd[i] < mask.keep_below} << (2 * i + 1);
+      for (unsigned j = 0; j < 4; ++j) {
+        const uint32_t of_even = __ballot_sync(~0u, even[j] < mask.keep_below);
+        const uint32_t of_odd = __ballot_sync(~0u, odd[j] < mask.keep_below);
+        const unsigned first_lane = threadIdx.x % 32 / 4 * 4;
+        if (threadIdx.x % 4 == j) pairs = (of_even >> first_lane & 15) | (of_odd >> first_lane & 15) << 16;
       }
+      pairs = (pairs | pairs << 2) & 0x00330033u;
+      pairs = (pairs | pairs << 1) & 0x00550055u;
+      bits = (pairs | pairs >> 15) & 0xffu;
       return bits;
     }
   }

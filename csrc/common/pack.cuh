@@ -16,6 +16,10 @@ struct Pack {
 template <class T>
 constexpr int kPackWidth = 16 / sizeof(T);
 
+// A pack that waits in a loop's registers: in words, because the compiler takes a Pack apart into its elements.
+template <class T, int kN>
+using PackBits = std::conditional_t<kN == 1, Pack<T, 1>, uint4>;
+
 template <class T, int kN>
 VICO_DEVICE Pack<T, kN> load_pack(const T* p) {
   if constexpr (kN == 1) {
@@ -78,28 +82,56 @@ VICO_DEVICE double value_of(double x) { return x; }
 VICO_DEVICE float value_of(BFloat16 x) { return to_float(x); }
 VICO_DEVICE float value_of(Half x) { return ptx::half_to_float(x.bits); }
 
+// The values of a pack. Two 16-bit elements are taken out of their word at once: by elements it costs twice as much.
+template <class T, int kN, class A>
+VICO_DEVICE void values_of(A (&to)[kN], const Pack<T, kN>& from) {
+  if constexpr (sizeof(T) == 2 && kN > 1) {
+    const auto words = detail::bit_cast<uint4>(from);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < kN; i += 2) {
+      const uint32_t two = word[i / 2];
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        to[i] = detail::bit_cast<float>(two << 16);
+        to[i + 1] = detail::bit_cast<float>(two & 0xffff0000u);
+      } else {
+        to[i] = ptx::half_to_float(static_cast<uint16_t>(two));
+        to[i + 1] = ptx::half_to_float(static_cast<uint16_t>(two >> 16));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) to[i] = value_of(from.at[i]);
+  }
+}
+
+// Elements [first, first + kN) of a gain or bias, which is of type T where `as_elements`, else of the sum type: a
+// 16-bit parameter is read as it is, so that no launch has to convert it.
+template <class T, int kN, class A>
+VICO_DEVICE void load_parameter(A (&to)[kN], const void* from, int64_t first, bool as_elements) {
+  if constexpr (!std::is_same_v<T, A>) {
+    if (as_elements) return values_of(to, load_pack<T, kN>(static_cast<const T*>(from) + first));
+  }
+  load_values(to, static_cast<const A*>(from) + first);
+}
+
 template <class T, int kN>
 VICO_DEVICE Pack<T, kN> pack_of(const accumulate_t<T> (&x)[kN]) {
-  Pack<T, kN> p;
   if constexpr (sizeof(T) > 2) {
+    Pack<T, kN> p;
 #pragma unroll
     for (int i = 0; i < kN; ++i) p.at[i] = x[i];
+    return p;
   } else {
     const auto two = [](float low, float high) {
       return std::is_same_v<T, Half> ? ptx::pack_half(low, high) : ptx::pack_bfloat16(low, high);
     };
     if constexpr (kN == 1) {
-      p.at[0].bits = static_cast<uint16_t>(two(x[0], x[0]));
+      return {{{static_cast<uint16_t>(two(x[0], x[0]))}}};
     } else {
-#pragma unroll
-      for (int i = 0; i < kN; i += 2) {
-        const uint32_t bits = two(x[i], x[i + 1]);
-        p.at[i].bits = static_cast<uint16_t>(bits);
-        p.at[i + 1].bits = static_cast<uint16_t>(bits >> 16);
-      }
+      return detail::bit_cast<Pack<T, kN>>(uint4{two(x[0], x[1]), two(x[2], x[3]), two(x[4], x[5]), two(x[6], x[7])});
     }
   }
-  return p;
 }
 
 }  // namespace vico

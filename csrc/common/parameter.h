@@ -25,6 +25,16 @@ inline std::optional<Tensor> as_accumulate(const std::optional<Tensor>& t, Dtype
   return t ? std::optional<Tensor>(as_accumulate(*t, activation)) : std::nullopt;
 }
 
+// A parameter as the kernels of this device read it. Those on CUDA read the activations' own type too, and say so in
+// `as_elements`: a conversion would be a launch, for a few thousand numbers.
+inline Tensor as_parameter(const Tensor& t, Dtype activation, bool& as_elements) {
+  as_elements = on_cuda(t) && activation != Dtype::kDouble && t.scalar_type() != ScalarType::Float;
+  return as_elements ? to_contiguous(t) : as_accumulate(t, activation);
+}
+inline std::optional<Tensor> as_parameter(const std::optional<Tensor>& t, Dtype activation, bool& as_elements) {
+  return t ? std::optional<Tensor>(as_parameter(*t, activation, as_elements)) : std::nullopt;
+}
+
 // Partial sums [chunks, sums * columns] that a kernel is about to write.
 inline Tensor make_partials(const Tensor& like, Dtype dtype, int64_t chunks, int64_t columns) {
   return make_tensor(like, {chunks, columns}, accumulate_type(dtype));

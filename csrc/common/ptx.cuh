@@ -90,6 +90,27 @@ VICO_DEVICE float half_to_float(uint16_t bits) {
 #endif
 }
 
+// ---- approximations of the special function unit, relative error about 2^-22; subnormal numbers become zeros
+
+VICO_DEVICE float exp2_approximate(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return coh::flush_subnormal(std::exp2(coh::flush_subnormal(x)));
+#endif
+}
+VICO_DEVICE float reciprocal_approximate(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return coh::flush_subnormal(1.0f / coh::flush_subnormal(x));
+#endif
+}
+
 // ---- cp.async: global to shared memory, in groups that complete in order
 
 // 16 bytes past the L1 cache; only the first `bytes` are read, the rest is zeros.

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/divide.h"
 #include "common/pack.cuh"
 #include "common/shuffle.h"
 
@@ -22,6 +23,31 @@ struct ShuffleRow {
     const unsigned token = pack / packs_per_token, rate = static_cast<unsigned>(s.rate);
     return s.row_offset(token / rate) + token % rate * s.token_stride + pack % packs_per_token * pack_width;
   }
+};
+
+// Where the ViT tokens of output tokens are, for kernels that go from row to row: 64-bit divisions for each would cost
+// more than the row. At most 2^31 - 1 rows.
+class TokenBlocks {
+ public:
+  TokenBlocks() = default;
+  explicit TokenBlocks(const ShuffleShape& s)
+      : per_tile_(s.out_tokens()),
+        per_line_(s.transposed ? s.out_h() : s.out_w()),
+        first_(s.skip * s.token_stride),
+        line_stride_((s.transposed ? 1 : s.grid_w) * s.rate * s.token_stride),
+        block_stride_((s.transposed ? s.grid_w : 1) * s.rate * s.token_stride) {}
+
+  VICO_INLINE uint32_t tile(uint32_t row) const { return per_tile_.quotient(row); }
+  VICO_INLINE uint32_t token(uint32_t row, uint32_t tile) const { return per_tile_.remainder(row, tile); }
+  // ShuffleShape::block_offset of output token `token` of a tile.
+  VICO_INLINE int64_t offset(uint32_t token) const {
+    const uint32_t line = per_line_.quotient(token);
+    return first_ + line * line_stride_ + per_line_.remainder(token, line) * block_stride_;
+  }
+
+ private:
+  Divisor per_tile_, per_line_;
+  int64_t first_ = 0, line_stride_ = 0, block_stride_ = 0;
 };
 
 // The buffer's tile of an output tile, checked: the host does not see the device's tile index.

@@ -1,6 +1,7 @@
 // The host bodies of the PTX wrappers in common/ptx.cuh and common/ptx_sm90.cuh: one function per instruction.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace coh {
@@ -20,6 +21,9 @@ enum class Element : int { kBFloat16, kHalf };
 void load_matrix(uint32_t* r, int matrices, bool transposed, const void* row);
 void store_matrix(const uint32_t* r, int matrices, bool transposed, void* row);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Element element);
+
+// ---- approximations
+inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
 // ---- mbarrier
 void mbarrier_init(void* barrier, int count);

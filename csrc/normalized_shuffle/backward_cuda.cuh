@@ -36,7 +36,6 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int64_t begin = blockIdx.x * rows_per_chunk;
   const int64_t end = begin + rows_per_chunk < blocks ? begin + rows_per_chunk : blocks;
   const auto pack_index = [&](int u) { return threadIdx.x + static_cast<unsigned>(u) * blockDim.x; };
-  const A* weights = static_cast<const A*>(p.weight);
 
   A grad_weight[kUnits][kN] = {}, grad_bias[kUnits][kN] = {};
   int turn = 0;
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
         const int64_t c = int64_t{pack_index(u)} * kN;
         dy[u] = load_pack_streaming<T, kN>(static_cast<const T*>(p.grad_out) + m * channels + c);
         A w[kN];
-        load_values(w, weights + c);
+        load_parameter<T>(w, p.weight, c, p.element_parameters);
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
           const A d = value_of(dy[u].at[i]), h = (value_of(x[u].at[i]) - mean) * rstd;
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
         if (pack_index(u) >= row.packs) continue;
         const int64_t c = int64_t{pack_index(u)} * kN;
         A dx[kN], w[kN];
-        load_values(w, weights + c);
+        load_parameter<T>(w, p.weight, c, p.element_parameters);
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
           const A h = (value_of(x[u].at[i]) - mean) * rstd;
@@ -136,7 +135,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     const auto x = load_pack<T, kN>(block + row.source(s, u, kN));
     const auto dy = load_pack<T, kN>(grad_out + int64_t{u} * kN);
     A w[kN];
-    load_values(w, static_cast<const A*>(p.weight) + int64_t{u} * kN);
+    load_parameter<T>(w, p.weight, int64_t{u} * kN, p.element_parameters);
     for (int i = 0; i < kN; ++i) {
       const A g = value_of(dy.at[i]) * w[i];
       sums[0] += g;
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
   for (unsigned pack = blockIdx.y * blockDim.x + threadIdx.x; pack < row.packs; pack += gridDim.y * blockDim.x) {
     const int64_t c = int64_t{pack} * kN;
     A w[kN], grad_weight[kN] = {}, grad_bias[kN] = {};
-    load_values(w, static_cast<const A*>(p.weight) + c);
+    load_parameter<T>(w, p.weight, c, p.element_parameters);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t tile = b / s.out_tokens(), token = b % s.out_tokens();
       const Selection from(tile, p.tile_offsets, p.selected_tiles);

@@ -15,12 +15,13 @@ struct NormalizedShuffleParams {
   ShuffleShape shape;
   Dtype dtype = Dtype::kFloat;  // of `tokens` and `out`
   double eps = 0;
-  const void* tokens = nullptr;  // ViT buffer, strides as in `shape`
-  const void* weight = nullptr;  // [out_channels], sum type
-  const void* bias = nullptr;    // [out_channels], sum type
-  void* out = nullptr;           // [selected, out_tokens, out_channels], contiguous; must not alias `tokens`
-  void* mean = nullptr;          // [selected, out_tokens], sum type
-  void* rstd = nullptr;          // [selected, out_tokens], sum type
+  const void* tokens = nullptr;     // ViT buffer, strides as in `shape`
+  const void* weight = nullptr;     // [out_channels], sum type
+  const void* bias = nullptr;       // [out_channels], sum type
+  bool element_parameters = false;  // CUDA: weight and bias are of type `dtype` instead
+  void* out = nullptr;              // [selected, out_tokens, out_channels], contiguous; must not alias `tokens`
+  void* mean = nullptr;             // [selected, out_tokens], sum type
+  void* rstd = nullptr;             // [selected, out_tokens], sum type
 };
 
 // Work is ordered by block: block b is output token b % out_tokens of the buffer tile used_tiles[b / out_tokens], for
@@ -30,11 +31,12 @@ struct NormalizedShuffleParams {
 struct NormalizedShuffleBackwardParams {
   ShuffleShape shape;  // CPU: tile_index unused, see used_tiles
   Dtype dtype = Dtype::kFloat;
-  const void* grad_out = nullptr;  // [selected, out_tokens, out_channels], contiguous
-  const void* tokens = nullptr;    // ViT buffer, strides as in `shape`
-  const void* weight = nullptr;    // [out_channels], sum type
-  const void* mean = nullptr;      // [selected, out_tokens], sum type
-  const void* rstd = nullptr;      // [selected, out_tokens], sum type
+  const void* grad_out = nullptr;   // [selected, out_tokens, out_channels], contiguous
+  const void* tokens = nullptr;     // ViT buffer, strides as in `shape`
+  const void* weight = nullptr;     // [out_channels], sum type
+  bool element_parameters = false;  // CUDA: weight is of type `dtype` instead
+  const void* mean = nullptr;       // [selected, out_tokens], sum type
+  const void* rstd = nullptr;       // [selected, out_tokens], sum type
   // The output tiles made of buffer tile t are selected_tiles[tile_offsets[t] .. tile_offsets[t + 1]).
   // CUDA: both null where every tile was selected once, in order; used_tiles is not needed.
   const int64_t* tile_offsets = nullptr;    // [tiles + 1]

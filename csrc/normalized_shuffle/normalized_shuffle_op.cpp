@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_op(const Tensor& tokens_in
   Tensor out = make_tensor(tokens, {s.selected, s.out_tokens(), s.out_channels()});
   Tensor mean = make_tensor(tokens, {s.selected, s.out_tokens()}, sum_type);
   Tensor rstd = make_tensor(tokens, {s.selected, s.out_tokens()}, sum_type);
-  const Tensor weight = as_accumulate(weight_in, p.dtype), bias = as_accumulate(bias_in, p.dtype);
+  const Tensor weight = as_parameter(weight_in, p.dtype, p.element_parameters);
+  const Tensor bias = as_parameter(bias_in, p.dtype, p.element_parameters);
   p.eps = eps;
   p.tokens = tokens.const_data_ptr();
   p.weight = weight.const_data_ptr();
@@ -118,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_backward_op(const Tensor& 
   Tensor grad_weight = make_tensor(weight_in, {channels}), grad_bias = make_tensor(weight_in, {channels});
   Tensor grad_tokens =
       need_grad_tokens ? make_tensor(tokens, {s.tiles, tokens.size(1), s.channels}) : make_tensor(tokens, {0});
-  const Tensor grad_out = to_contiguous(grad_out_in), weight = as_accumulate(weight_in, p.dtype);
+  const Tensor grad_out = to_contiguous(grad_out_in);
+  const Tensor weight = as_parameter(weight_in, p.dtype, p.element_parameters);
   const Tensor mean = to_contiguous(mean_in), rstd = to_contiguous(rstd_in);
   p.grad_out = grad_out.const_data_ptr();
   p.tokens = tokens.const_data_ptr();

@@ -35,7 +35,9 @@ struct PackTokensParams {
   const void* compressed = nullptr;       // contiguous
   const void* full_bias = nullptr;        // [hidden], float, or double where the tokens are double; null: none
   const void* compressed_bias = nullptr;  // likewise
-  void* out = nullptr;                    // [rows, hidden], contiguous
+  bool element_full_bias = false;         // CUDA: the bias is of type `dtype` instead
+  bool element_compressed_bias = false;
+  void* out = nullptr;  // [rows, hidden], contiguous
 };
 
 struct PackTokensBackwardParams {

@@ -80,27 +80,39 @@ __global__ void __launch_bounds__(kSlabThreads)
   const int64_t pack = at.pack(), c = pack * kN;
   const unsigned threads = at.active_threads();
   if (threadIdx.x >= threads) return;
-  PackedRows packed(s, rows, threads);
-  const T* in = static_cast<const T*>(rows.is_full ? p.full : p.compressed) + c;
-  const A* biases = static_cast<const A*>(rows.is_full ? p.full_bias : p.compressed_bias);
-  A bias[kN] = {};
-  if (biases) load_values(bias, biases + c);
-  for (int64_t row = rows.first; row < rows.last; row += kRowsInFlight) {
-    Pack<T, kN> x[kRowsInFlight];
+  const T* in = static_cast<const T*>(rows.is_full ? p.full : p.compressed) + rows.first * s.hidden + c;
+  // The source rows need no plan: the first are on their way while it is checked, the next while these are stored.
+  PackBits<T, kN> next[kRowsInFlight] = {};
+  const auto load = [&](int64_t row) {
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; ++r) {
-      if (row + r < rows.last) x[r] = load_pack_streaming<T, kN>(in + (row + r) * s.hidden);
+      if (row + r < rows.last)
+        next[r] = detail::bit_cast<PackBits<T, kN>>(load_pack_streaming<T, kN>(in + r * s.hidden));
     }
+    in += kRowsInFlight * s.hidden;
+  };
+  load(rows.first);
+  const void* biases = rows.is_full ? p.full_bias : p.compressed_bias;
+  A bias[kN] = {};
+  if (biases) load_parameter<T>(bias, biases, c, rows.is_full ? p.element_full_bias : p.element_compressed_bias);
+  PackedRows packed(s, rows, threads);
+  for (int64_t row = rows.first; row < rows.last; row += kRowsInFlight) {
+    PackBits<T, kN> now[kRowsInFlight];
+#pragma unroll
+    for (int r = 0; r < kRowsInFlight; ++r) now[r] = next[r];
+    load(row + kRowsInFlight);
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; ++r) {
       if (row + r >= rows.last) break;
+      auto x = detail::bit_cast<Pack<T, kN>>(now[r]);
       if (biases) {  // else bits stay as they are, those of NaN too
         A y[kN];
+        values_of(y, x);
 #pragma unroll
-        for (int i = 0; i < kN; ++i) y[i] = value_of(x[r].at[i]) + bias[i];
-        x[r] = pack_of<T, kN>(y);
+        for (int i = 0; i < kN; ++i) y[i] += bias[i];
+        x = pack_of<T, kN>(y);
       }
-      store_pack(static_cast<T*>(p.out) + packed.next() * s.hidden + c, x[r]);
+      store_pack(static_cast<T*>(p.out) + packed.next() * s.hidden + c, x);
     }
   }
 }

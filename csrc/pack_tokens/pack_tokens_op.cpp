@@ -29,8 +29,8 @@ Tensor pack_tokens_op(const Tensor& full_in, const Tensor& compressed_in, const 
   Tensor out = make_tensor(full_in, {s.rows(), s.hidden});
   if (out.numel() == 0) return out;
   const Tensor full = to_contiguous(full_in), compressed = to_contiguous(compressed_in);
-  const std::optional<Tensor> full_bias = as_accumulate(full_bias_in, p.dtype);
-  const std::optional<Tensor> compressed_bias = as_accumulate(compressed_bias_in, p.dtype);
+  const std::optional<Tensor> full_bias = as_parameter(full_bias_in, p.dtype, p.element_full_bias);
+  const std::optional<Tensor> compressed_bias = as_parameter(compressed_bias_in, p.dtype, p.element_compressed_bias);
   p.full = full.const_data_ptr();
   p.compressed = compressed.const_data_ptr();
   p.full_bias = data_or_null(full_bias);

@@ -91,7 +91,7 @@ inline void dump_atomics(Dump& dump, Random& random) {
 
 // ---- arithmetic
 
-constexpr int kIntegers = 5, kFloats = 5;
+constexpr int kIntegers = 5, kFloats = 7;
 
 __global__ void arithmetic_kernel(const uint32_t* bits, const float* x, uint32_t* integers, float* floats,
                                   double* doubles) {
@@ -108,6 +108,8 @@ __global__ void arithmetic_kernel(const uint32_t* bits, const float* x, uint32_t
   floats[i * kFloats + 3] = __fdividef(x[3 * i + 2], x[3 * i + 1]);
   // Rounded before the sum: plain products would be fused with it.
   floats[i * kFloats + 4] = __fmul_rn(x[3 * i], x[3 * i + 1]) + x[3 * i + 2];
+  floats[i * kFloats + 5] = vico::ptx::exp2_approximate(x[3 * i + 1]);
+  floats[i * kFloats + 6] = vico::ptx::reciprocal_approximate(x[3 * i + 2]);
   doubles[i] = __dmul_rn(double{x[3 * i]} / 3, double{x[3 * i + 1]} / 7) + x[3 * i + 2];
 }
 

@@ -17,6 +17,7 @@ struct Problem {
   double dropout = 0;
   size_t offset = 0;           // elements before the first, of every buffer
   bool seed_by_value = false;  // else on the device
+  bool element_bias = false;   // the bias in the type of x
 };
 
 // Packs and single elements; rows of less than a warp and of several slabs; dropout drawn by fours and one by one.
@@ -36,6 +37,8 @@ const Problem kProblems[] = {
     {70, 16},
     {0, 8},
     {3, 33, true, 1.0},
+    {11, 72, true, 0, 0, false, true},
+    {5, 9, true, 0.2, 0, false, true},
 };
 
 vico::DropoutMask mask_of(const Problem& p, const Buffer<int64_t>& seed) {
@@ -74,16 +77,36 @@ void for_every_problem(const Fn& fn) {
   }
 }
 
+// Normal numbers, and the same in the type of x if the problem's bias is of that type.
+template <class T>
+struct Bias {
+  Buffer<accumulate_t<T>> values;
+  Buffer<T> elements;
+  bool as_elements;
+
+  Bias(const Problem& p, coh::Random& random)
+      : values(static_cast<size_t>(p.columns), p.offset),
+        elements(p.element_bias ? values.size() : 0, p.offset),
+        as_elements(p.element_bias && sizeof(T) == 2) {
+    coh::fill_normal(values, random);
+    for (size_t c = 0; c < elements.size(); ++c) {
+      elements[c] = coh::element_from<T>(static_cast<double>(values[c]));
+      values[c] = static_cast<accumulate_t<T>>(coh::element_value(elements[c]));
+    }
+  }
+  const void* data() const { return as_elements ? static_cast<const void*>(elements.data()) : values.data(); }
+};
+
 template <class T>
 void forward(bool in_place) {
   for_every_problem([&](const Problem& problem, coh::Random& random) {
     using A = accumulate_t<T>;
     const size_t size = static_cast<size_t>(problem.rows * problem.columns);
     Buffer<T> x(size, problem.offset), out(in_place ? 0 : size, problem.offset);
-    Buffer<A> bias(static_cast<size_t>(problem.columns), problem.offset);
     Buffer<int64_t> seed(1);
     coh::fill_normal(x, random, 2);
-    coh::fill_normal(bias, random);
+    const Bias<T> given_bias(problem, random);
+    const Buffer<A>& bias = given_bias.values;
     seed[0] = static_cast<int64_t>(random.bits());
     std::vector<T> before(x.data(), x.data() + size);
     vico::BiasGeluParams p;
@@ -91,7 +114,8 @@ void forward(bool in_place) {
     p.columns = problem.columns;
     p.elements = static_cast<int64_t>(size);
     p.x = x.data();
-    p.bias = problem.bias ? bias.data() : nullptr;
+    p.bias = problem.bias ? given_bias.data() : nullptr;
+    p.element_bias = given_bias.as_elements;
     Buffer<T>& result = in_place ? x : out;
     p.out = result.data();
     p.mask = mask_of(problem, seed);
@@ -116,11 +140,12 @@ void backward() {
     const size_t size = static_cast<size_t>(problem.rows * problem.columns);
     const size_t columns = static_cast<size_t>(problem.columns);
     Buffer<T> x(size, problem.offset), grad_out(size, problem.offset), grad_x(size, problem.offset);
-    Buffer<A> bias(columns, problem.offset), grad_bias(columns);
+    Buffer<A> grad_bias(columns);
     Buffer<int64_t> seed(1);
     coh::fill_normal(x, random, 2);
     coh::fill_normal(grad_out, random);
-    coh::fill_normal(bias, random);
+    const Bias<T> given_bias(problem, random);
+    const Buffer<A>& bias = given_bias.values;
     seed[0] = static_cast<int64_t>(random.bits());
     vico::BiasGeluBackwardParams p;
     p.dtype = kDtype<T>;
@@ -131,7 +156,8 @@ void backward() {
     Buffer<A> partials(static_cast<size_t>(chunks) * columns);
     p.grad_out = grad_out.data();
     p.x = x.data();
-    p.bias = problem.bias ? bias.data() : nullptr;
+    p.bias = problem.bias ? given_bias.data() : nullptr;
+    p.element_bias = given_bias.as_elements;
     p.grad_x = grad_x.data();
     p.partials = problem.bias ? partials.data() : nullptr;
     p.mask = mask_of(problem, seed);

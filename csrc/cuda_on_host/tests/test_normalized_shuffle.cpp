@@ -21,6 +21,8 @@ struct Norm : ShuffleData<T> {
   using A = accumulate_t<T>;
   int64_t channels;
   Buffer<A> weight, bias, mean, rstd;
+  bool element_parameters;  // weight and bias are given in T, and those above are their values
+  Buffer<T> element_weight, element_bias;
 
   Norm(const ShuffleProblem& p, coh::Random& random)
       : ShuffleData<T>(p, random),
@@ -28,9 +30,19 @@ struct Norm : ShuffleData<T> {
         weight(static_cast<size_t>(channels), p.offset),
         bias(static_cast<size_t>(channels), p.offset),
         mean(static_cast<size_t>(this->rows())),
-        rstd(static_cast<size_t>(this->rows())) {
+        rstd(static_cast<size_t>(this->rows())),
+        element_parameters(sizeof(T) == 2 && p.tiles % 2 == 0),
+        element_weight(element_parameters ? weight.size() : 0, p.offset),
+        element_bias(element_parameters ? weight.size() : 0, p.offset) {
     coh::fill_normal(weight, random, 0.5, 1);
     coh::fill_normal(bias, random);
+    if (!element_parameters) return;
+    coh::fill_normal(element_weight, random, 0.5, 1);
+    coh::fill_normal(element_bias, random);
+    for (size_t c = 0; c < weight.size(); ++c) {
+      weight[c] = static_cast<A>(coh::element_value(element_weight[c]));
+      bias[c] = static_cast<A>(coh::element_value(element_bias[c]));
+    }
   }
 
   void run(Buffer<T>& out) {
@@ -39,12 +51,16 @@ struct Norm : ShuffleData<T> {
     p.dtype = kDtype<T>;
     p.eps = kEps;
     p.tokens = this->tokens.data();
-    p.weight = weight.data();
-    p.bias = bias.data();
+    p.weight = weight_data();
+    p.bias = element_parameters ? static_cast<const void*>(element_bias.data()) : bias.data();
+    p.element_parameters = element_parameters;
     p.out = out.data();
     p.mean = mean.data();
     p.rstd = rstd.data();
     vico::normalized_shuffle_cuda(p, nullptr);
+  }
+  const void* weight_data() const {
+    return element_parameters ? static_cast<const void*>(element_weight.data()) : weight.data();
   }
   void exact_statistics(int64_t m, double& mu, double& rs) const {
     double sum = 0, squares = 0;
@@ -110,7 +126,8 @@ void run_backward(Norm<T>& d, const Buffer<T>& grad_out, Gradients<T>& g, bool n
   p.dtype = kDtype<T>;
   p.grad_out = grad_out.data();
   p.tokens = d.tokens.data();
-  p.weight = d.weight.data();
+  p.weight = d.weight_data();
+  p.element_parameters = d.element_parameters;
   p.mean = d.mean.data();
   p.rstd = d.rstd.data();
   p.grad_tokens = need_grad_tokens ? g.tokens.data() : nullptr;

@@ -87,6 +87,11 @@ void forward() {
     coh::fill_normal(compressed, random);
     coh::fill_normal(full_bias, random);
     coh::fill_normal(compressed_bias, random);
+    Buffer<T> element_bias(hidden, problem.offset);  // of the compressed tiles, in 16 bits
+    if (sizeof(T) == 2) {
+      coh::fill_normal(element_bias, random);
+      for (size_t c = 0; c < hidden; ++c) compressed_bias[c] = static_cast<A>(coh::element_value(element_bias[c]));
+    }
     vico::PackTokensParams p;
     p.shape = plan.shape;
     p.dtype = kDtype<T>;
@@ -94,6 +99,8 @@ void forward() {
     p.compressed = compressed.data();
     p.full_bias = problem.biases ? full_bias.data() : nullptr;
     p.compressed_bias = problem.biases ? compressed_bias.data() : nullptr;
+    p.element_compressed_bias = sizeof(T) == 2;
+    if (problem.biases && p.element_compressed_bias) p.compressed_bias = element_bias.data();
     p.out = out.data();
     vico::pack_tokens_cuda(p, nullptr);
     plan.for_every_row(problem, [&](bool is_full, int64_t row, int64_t packed) {
