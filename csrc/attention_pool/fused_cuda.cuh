@@ -28,12 +28,14 @@ constexpr A kNoScore = std::numeric_limits<A>::lowest();
 constexpr int kPoolHeads = static_cast<int>(AttentionPoolShape::kCudaHeads);
 
 // The geometry of a block whose warps hold kTiles tiles of 8 channels each: 4 kTiles registers of sums per thread.
-template <int kTiles, int kStepTokens = kTiles <= 16 ? 16 : 8, int kBlocksPerMultiprocessor = kTiles <= 16 ? 2 : 1>
+template <int kTiles, int kStepTokens = kTiles <= 16 ? 16 : 8, int kBlocksPerMultiprocessor = kTiles <= 16 ? 2 : 1,
+          int kStepsAhead = 2>
 struct FusedPool {
   static constexpr int kSpan = 8 * kTiles;  // channels per warp
   static constexpr int kTokens = kStepTokens;
   static constexpr int kMostWarps = 8, kThreads = 32 * kMostWarps;  // those without channels help with the softmax
   static constexpr int kBlocks = kBlocksPerMultiprocessor;
+  static constexpr int kStages = kStepsAhead;                          // steps in shared memory at a time, or 1
   static constexpr int kScoreStride = kTokens == 8 ? 8 : kTokens + 8;  // of a head's scores and weights: no conflicts
   // A thread of the softmax has kItems scores of a head, which kLanes of them share.
   static constexpr int kItems = kPoolHeads * kTokens > kThreads ? kPoolHeads* kTokens / kThreads : 1;
@@ -253,8 +255,8 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
   int slot = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    if (options.stages == 2) {
-      ptx::cp_async_wait<1>();
+    if (options.stages == F::kStages) {
+      ptx::cp_async_wait<F::kStages - 1>();
     } else {
       ptx::cp_async_wait<0>();
     }
@@ -409,15 +411,15 @@ __global__ void __launch_bounds__(kCombineThreads, 4)
   if (c == 0) static_cast<float*>(p.lse)[row] = maximum + log_of(total);
 }
 
-// Whether the kernels have run: not on a device whose shared memory is too small for a step.
+// Whether the kernel has run: not on a device whose shared memory is too small for a step.
 template <class T, int kTiles, class F = FusedPool<kTiles>>
-bool fused_pool_cuda(const AttentionPoolParams& p, cudaStream_t stream) {
+bool pool_chunks_cuda(const AttentionPoolParams& p, cudaStream_t stream) {
   const AttentionPoolShape& s = p.shape;
   const int channels = static_cast<int>(s.channels);
+  const size_t limit = shared_memory_limit();
   FusedPoolOptions options;
-  options.stages = 2;
-  while (options.stages > 0 && F::shared_bytes(channels, options.stages) > shared_memory_limit()) --options.stages;
-  if (options.stages == 0) return false;
+  options.stages = F::shared_bytes(channels, F::kStages) <= limit ? F::kStages : 1;
+  if (F::shared_bytes(channels, options.stages) > limit) return false;
   const bool wide = channels % 8 == 0;
   options.wide_tokens = wide && is_aligned16(p.in.tokens) && p.in.tile_stride % 8 == 0 && p.in.token_stride % 8 == 0;
   options.wide_query =
@@ -425,10 +427,15 @@ bool fused_pool_cuda(const AttentionPoolParams& p, cudaStream_t stream) {
   launch(fused_pool_kernel<T, kTiles, F>,
          dim3(static_cast<unsigned>(s.tiles * s.cuda_chunks()), static_cast<unsigned>(s.cuda_head_groups())),
          dim3(F::kThreads), F::shared_bytes(channels, options.stages), stream, p, options);
+  return true;
+}
+
+template <class T>
+void combine_pool_cuda(const AttentionPoolParams& p, cudaStream_t stream) {
+  const AttentionPoolShape& s = p.shape;
   const int64_t threads = s.tiles * s.heads * (s.cuda_padded_channels() / 8);
   launch(combine_pool_kernel<T>, dim3(static_cast<unsigned>((threads + kCombineThreads - 1) / kCombineThreads)),
-         dim3(kCombineThreads), 0, stream, p, wide && is_aligned16(p.context));
-  return true;
+         dim3(kCombineThreads), 0, stream, p, s.channels % 8 == 0 && is_aligned16(p.context));
 }
 
 template <class T>
@@ -436,9 +443,12 @@ bool fused_pool_cuda(const AttentionPoolParams& p, cudaStream_t stream) {
   static_assert(AttentionPoolShape::kFusedChannels == FusedPool<50>::kSpan * FusedPool<50>::kMostWarps,
                 "the largest block and the contract disagree");
   if (!p.shape.may_fuse()) return false;
-  if (p.shape.channels <= FusedPool<4>::kSpan * FusedPool<4>::kMostWarps) return fused_pool_cuda<T, 4>(p, stream);
-  if (p.shape.channels <= FusedPool<16>::kSpan * FusedPool<16>::kMostWarps) return fused_pool_cuda<T, 16>(p, stream);
-  return fused_pool_cuda<T, 50>(p, stream);
+  const auto fits = [&](auto geometry) { return p.shape.channels <= geometry.kSpan * geometry.kMostWarps; };
+  const bool done = fits(FusedPool<4>{})    ? pool_chunks_cuda<T, 4>(p, stream)
+                    : fits(FusedPool<16>{}) ? pool_chunks_cuda<T, 16>(p, stream)
+                                            : pool_chunks_cuda<T, 50>(p, stream);
+  if (done) combine_pool_cuda<T>(p, stream);
+  return done;
 }
 
 }  // namespace vico

@@ -76,32 +76,34 @@ VICO_DEVICE uint4 load16_if(bool there, const void* p) { return there ? ptx::loa
 
 // ---- tensor cores, depth next to each other: a warp's step is 32 of the depth
 
-constexpr int kDotWarps = 8, kDotThreads = 32 * kDotWarps, kDotDepth = 32;
+constexpr int kDotDepth = 32;
 
 // A block of kTiles tiles of 8 rows and kFeatureTiles tiles of 16 features.
-template <int kTiles, int kFeatureTiles>
+template <int kTiles, int kFeatureTiles, int kBlockWarps = 8, int kMostBytes = 96 * 1024>
 struct SkinnyDot {
+  static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps, kBlocks = 16 / kWarps;  // per multiprocessor
   static constexpr int kRows = 8 * kTiles, kFeatures = 16 * kFeatureTiles;
-  static constexpr int kStride = kFeatures + 4;                 // between rows of sums: no two lanes write to a bank
-  static constexpr int kPacks = 2 * kFeatureTiles + kTiles;     // 16 bytes each, per lane and step
-  static constexpr int kStepBytes = 16 * kPacks * kDotThreads;  // of all warps
-  static constexpr int kMostBytes = 96 * 1024;                  // two blocks per multiprocessor, and sm_86 has it
+  static constexpr int kStride = kFeatures + 4;              // between rows of sums: no two lanes write to a bank
+  static constexpr int kPacks = 2 * kFeatureTiles + kTiles;  // 16 bytes each, per lane and step
+  static constexpr int kStepBytes = 16 * kPacks * kThreads;  // of all warps
+  // kMostBytes: two blocks fit into a multiprocessor, and one on devices that give a block no more (sm_86).
   static constexpr int kStages = kMostBytes / kStepBytes < 6 ? kMostBytes / kStepBytes : 6;
-  static constexpr int kSumsBytes = kDotWarps * kRows * kStride * static_cast<int>(sizeof(float));
-  static constexpr int kSharedBytes = kStages * kStepBytes > kSumsBytes ? kStages* kStepBytes : kSumsBytes;
+  static constexpr int kSumsBytes = kWarps * kRows * kStride * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kSumsBytes > kStages* kStepBytes ? kSumsBytes : kStages* kStepBytes;
 };
 
 // Lane (g, t) takes elements 8 t .. 8 t + 7 of rows g, g + 8, ... of the weight and of x: they stand for k = 2 t, 2 t +
 // 1, 2 t + 8, 2 t + 9 of two matrix instructions. They wait in shared memory, kStages steps ahead, where registers
 // would hold one: no other lane reads them, so that nobody waits for anybody before the sums meet.
-template <class T, int kTiles, int kFeatureTiles>
-__global__ void __launch_bounds__(kDotThreads, 2) skinny_dot_kernel(const __grid_constant__ SkinnyLinearParams p) {
-  using D = SkinnyDot<kTiles, kFeatureTiles>;
+template <class T, int kTiles, int kFeatureTiles, class D = SkinnyDot<kTiles, kFeatureTiles>>
+__global__ void __launch_bounds__(D::kThreads, D::kBlocks)
+    skinny_dot_kernel(const __grid_constant__ SkinnyLinearParams p) {
+  constexpr int kBlockDepth = D::kWarps * kDotDepth;
   VICO_DYNAMIC_SHARED(unsigned char, shared);
   const SkinnyBlock block(p, D::kFeatures, D::kRows);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
   const int64_t start = int64_t{warp} * kDotDepth;
-  const int steps = static_cast<int>((p.depth - start + kDotWarps * kDotDepth - 1) / (kDotWarps * kDotDepth));
+  const int steps = static_cast<int>((p.depth - start + kBlockDepth - 1) / kBlockDepth);
   const T* weight = block.weight<T>(p) + g * p.feature_stride + start + 8 * t;
   const T* x = block.x<T>(p) + g * p.groups * p.depth + start + 8 * t;
   const int64_t weight_tile = 8 * p.feature_stride, x_tile = 8 * p.groups * p.depth;
@@ -113,11 +115,11 @@ __global__ void __launch_bounds__(kDotThreads, 2) skinny_dot_kernel(const __grid
       const T *w = weight, *b = x;
 #pragma unroll
       for (int i = 0; i < 2 * kFeatureTiles; ++i, w += weight_tile) {
-        ptx::cp_async_16(to + i * kDotThreads, w, whole || g + 8 * i < block.features ? 16 : 0);
+        ptx::cp_async_16(to + i * D::kThreads, w, whole || g + 8 * i < block.features ? 16 : 0);
       }
 #pragma unroll
       for (int n = 0; n < kTiles; ++n, b += x_tile) {
-        ptx::cp_async_16(to + (2 * kFeatureTiles + n) * kDotThreads, b, whole || g + 8 * n < block.rows ? 16 : 0);
+        ptx::cp_async_16(to + (2 * kFeatureTiles + n) * D::kThreads, b, whole || g + 8 * n < block.rows ? 16 : 0);
       }
     };
     if (left > 0 && block.features == D::kFeatures && block.rows == D::kRows) {
@@ -126,11 +128,11 @@ __global__ void __launch_bounds__(kDotThreads, 2) skinny_dot_kernel(const __grid
       copy(false);
     } else {
 #pragma unroll
-      for (int i = 0; i < D::kPacks; ++i) to[i * kDotThreads] = make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < D::kPacks; ++i) to[i * D::kThreads] = make_uint4(0, 0, 0, 0);
     }
-    weight += kDotWarps * kDotDepth;
-    x += kDotWarps * kDotDepth;
-    left -= kDotWarps * kDotDepth;
+    weight += kBlockDepth;
+    x += kBlockDepth;
+    left -= kBlockDepth;
   };
   // A thread stores one feature of several rows: its bias is under way meanwhile.
   const int f = thread % D::kFeatures;
@@ -140,16 +142,16 @@ __global__ void __launch_bounds__(kDotThreads, 2) skinny_dot_kernel(const __grid
   int slot = 0;
 #pragma unroll 1
   for (int step = -D::kStages; step < steps; ++step) {
-    uint4* packs = mine + slot * D::kPacks * kDotThreads;
+    uint4* packs = mine + slot * D::kPacks * D::kThreads;
     if (step >= 0) {
       ptx::cp_async_wait<D::kStages - 1>();
       uint4 b[kTiles];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) b[n] = ptx::load16(packs + (2 * kFeatureTiles + n) * kDotThreads);
+      for (int n = 0; n < kTiles; ++n) b[n] = ptx::load16(packs + (2 * kFeatureTiles + n) * D::kThreads);
 #pragma unroll
       for (int j = 0; j < kFeatureTiles; ++j) {
-        const uint4 low = ptx::load16(packs + 2 * j * kDotThreads);
-        const uint4 high = ptx::load16(packs + (2 * j + 1) * kDotThreads);
+        const uint4 low = ptx::load16(packs + 2 * j * D::kThreads);
+        const uint4 high = ptx::load16(packs + (2 * j + 1) * D::kThreads);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], {low.x, high.x, low.y, high.y}, {b[n].x, b[n].y});
 #pragma unroll
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(kDotThreads, 2) skinny_dot_kernel(const __grid
   }
   ptx::cp_async_wait<0>();
   __syncthreads();                                  // the sums lie where other threads' steps were
-  float* parts = reinterpret_cast<float*>(shared);  // [kDotWarps, kRows, kStride]
+  float* parts = reinterpret_cast<float*>(shared);  // [D::kWarps, kRows, kStride]
 #pragma unroll
   for (int j = 0; j < kFeatureTiles; ++j) {
 #pragma unroll
@@ -175,11 +177,11 @@ __global__ void __launch_bounds__(kDotThreads, 2) skinny_dot_kernel(const __grid
   }
   __syncthreads();
   if (f >= block.features) return;
-  static_assert(kDotThreads % D::kFeatures == 0, "a thread keeps to its feature");
-  for (int r = thread / D::kFeatures; r < block.rows; r += kDotThreads / D::kFeatures) {
+  static_assert(D::kThreads % D::kFeatures == 0, "a thread keeps to its feature");
+  for (int r = thread / D::kFeatures; r < block.rows; r += D::kThreads / D::kFeatures) {
     float sum = parts[r * D::kStride + f];
 #pragma unroll
-    for (int w = 1; w < kDotWarps; ++w) sum += parts[(w * D::kRows + r) * D::kStride + f];
+    for (int w = 1; w < D::kWarps; ++w) sum += parts[(w * D::kRows + r) * D::kStride + f];
     block.store<T>(p, r, f, sum, bias);
   }
 }
@@ -329,11 +331,10 @@ __global__ void __launch_bounds__(32 * kPlainColumnWarps)
   }
 }
 
-template <class T, int kTiles, int kFeatureTiles>
+template <class T, int kTiles, int kFeatureTiles, class D = SkinnyDot<kTiles, kFeatureTiles>>
 void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
-  using D = SkinnyDot<kTiles, kFeatureTiles>;
-  launch(skinny_dot_kernel<T, kTiles, kFeatureTiles>, dim3(skinny_blocks(p, D::kFeatures, D::kRows)), dim3(kDotThreads),
-         D::kSharedBytes, stream, p);
+  launch(skinny_dot_kernel<T, kTiles, kFeatureTiles, D>, dim3(skinny_blocks(p, D::kFeatures, D::kRows)),
+         dim3(D::kThreads), D::kSharedBytes, stream, p);
 }
 
 // Every block reads its rows of x from L2: more features per block read them less often, fewer keep more
