@@ -157,30 +157,22 @@ VICO_DEVICE void add_slice(float (&sums)[kTiles][4], const T* weights, const T* 
   static_assert(kTiles % 2 == 0, "a matrix load has two tiles or four");
   const T* row_weights = weights + (lane & 15) * F::kScoreStride;
   if constexpr (F::kTokens == 8) {
-    // The 16 tokens of a matrix instruction are the 8 of two tiles, of which the weights leave one out: registers come
-    // from the load as the instruction takes them. A token of infinities makes more channels NaN than it has to.
     uint32_t a[2];
     ptx::ldmatrix(a, row_weights);
-    const uint32_t first[4] = {a[0], a[1], 0, 0}, second[4] = {0, 0, a[0], a[1]};
     const T* row = x + (lane & 7) * stride;
 #pragma unroll
     for (int j = 0; j < kTiles; j += 4) {
-      uint32_t b[2][2];
+      uint32_t b[4] = {};
       if (j + 2 < kTiles) {
-        uint32_t four[4];
-        ptx::ldmatrix_transposed(four, row + (lane >> 3) * 8 + j * 8);
-        b[0][0] = four[0];
-        b[0][1] = four[1];
-        b[1][0] = four[2];
-        b[1][1] = four[3];
+        ptx::ldmatrix_transposed(b, row + (lane >> 3) * 8 + j * 8);
       } else {
-        ptx::ldmatrix_transposed(b[0], row + (lane >> 3 & 1) * 8 + j * 8);
+        uint32_t last[2];
+        ptx::ldmatrix_transposed(last, row + (lane >> 3 & 1) * 8 + j * 8);
+        b[0] = last[0];
+        b[1] = last[1];
       }
 #pragma unroll
-      for (int i = 0; i < 2 && j + 2 * i < kTiles; ++i) {
-        mma<T>(sums[j + 2 * i], first, b[i]);
-        mma<T>(sums[j + 2 * i + 1], second, b[i]);
-      }
+      for (int i = 0; i < 4 && j + i < kTiles; ++i) mma<T>(sums[j + i], {a[0], a[1], 0u, 0u}, {b[i], 0u});
     }
   } else {
 #pragma unroll
