@@ -151,7 +151,6 @@ void linear(const Problem (&problems)[kCount]) {
 COH_CASE(linear_bfloat16) { linear<vico::BFloat16>(kProblems); }
 COH_CASE(linear_half) { linear<vico::Half>(kProblems); }
 COH_CASE(many_features_bfloat16) { linear<vico::BFloat16>(kManyFeatures); }
-COH_CASE(many_features_half) { linear<vico::Half>(kManyFeatures); }
 COH_CASE(linear_float) { linear<float>(kProblems); }
 COH_CASE(linear_double) { linear<double>(kProblems); }
 
