@@ -38,9 +38,10 @@ struct AttentionPoolShape {
   VICO_INLINE int64_t partial_rows() const { return channels + kStatistics; }
 
   // CUDA: heads go in groups of kCudaHeads, and 16-bit tokens of up to kFusedChannels channels through one kernel that
-  // reads them once, in chunks of kCudaChunk tokens.
-  static constexpr int64_t kCudaChunk = 128, kCudaHeads = 16, kFusedChannels = 3200;
-  VICO_INLINE int64_t cuda_chunks() const { return (count + kCudaChunk - 1) / kCudaChunk; }
+  // reads them once, in chunks of cuda_chunk tokens.
+  static constexpr int64_t kCudaHeads = 16, kFusedChannels = 3200;
+  int64_t cuda_chunk = 128;
+  VICO_INLINE int64_t cuda_chunks() const { return (count + cuda_chunk - 1) / cuda_chunk; }
   VICO_INLINE int64_t cuda_head_groups() const { return (heads + kCudaHeads - 1) / kCudaHeads; }
   VICO_INLINE bool may_fuse() const { return element_size(dtype) == 2 && channels <= kFusedChannels; }
   // What one head group of a chunk leaves to combine: sums [kCudaHeads, padded channels], and for each head the

@@ -2,7 +2,7 @@
 // share the depth, so that even a small weight is read by the whole chip, and the block adds up what they found in
 // order.
 //
-// 16-bit weights whose rows are aligned go straight from memory to tensor cores, without shared memory: which element a
+// 16-bit weights whose rows are aligned go to tensor cores, and no lane needs what another has read: which element a
 // lane reads is free as long as weight and x agree on the order of the depth and the results on that of the features,
 // so every lane reads 16 bytes in a row. Features are the rows of the matrix instruction, rows of x its columns. Other
 // weights take kernels of ordinary arithmetic.
@@ -44,10 +44,17 @@ struct SkinnyBlock {
     return static_cast<const T*>(p.weight) + group * p.group_stride + feature * p.feature_stride;
   }
   template <class T>
+  VICO_DEVICE T bias(const SkinnyLinearParams& p, int f) const {
+    return p.bias && f < features ? static_cast<const T*>(p.bias)[group * p.features + feature + f] : T{};
+  }
+  template <class T>
   VICO_DEVICE void store(const SkinnyLinearParams& p, int r, int f, accumulate_t<T> sum) const {
+    store<T>(p, r, f, sum, bias<T>(p, f));
+  }
+  template <class T>
+  VICO_DEVICE void store(const SkinnyLinearParams& p, int r, int f, accumulate_t<T> sum, T bias) const {
     const int64_t at = group * p.features + feature + f;
-    accumulate_t<T> y[1] = {sum};
-    if (p.bias) y[0] += value_of(static_cast<const T*>(p.bias)[at]);
+    accumulate_t<T> y[1] = {sum + value_of(bias)};
     y[0] *= static_cast<accumulate_t<T>>(p.scale);
     if (p.gelu) y[0] = gelu_of(y[0]);
     store_pack(static_cast<T*>(p.y) + (row + r) * p.groups * p.features + at, pack_of<T, 1>(y));
@@ -67,59 +74,115 @@ inline unsigned skinny_blocks(const SkinnyLinearParams& p, int64_t most_features
 
 VICO_DEVICE uint4 load16_if(bool there, const void* p) { return there ? ptx::load16(p) : make_uint4(0, 0, 0, 0); }
 
-// ---- tensor cores, depth next to each other: 16 features a block; a warp's step is 32 of the depth
+// ---- tensor cores, depth next to each other: a warp's step is 32 of the depth
 
-constexpr int kDotWarps = 8, kDotFeatures = 16, kDotDepth = 32, kDotAhead = 4;
+constexpr int kDotDepth = 32;
 
-// Lane (g, t) reads elements 8 t .. 8 t + 7 of rows g and g + 8 of the weight and of rows g, g + 8, ... of x: they
-// stand for k = 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of two matrix instructions.
-template <class T, int kTiles>
-__global__ void __launch_bounds__(32 * kDotWarps) skinny_dot_kernel(const __grid_constant__ SkinnyLinearParams p) {
-  constexpr int kStride = kDotFeatures + 4;  // no two lanes write to the same bank
-  VICO_SHARED(float, parts, [kDotWarps][8 * kTiles][kStride]);
-  const SkinnyBlock block(p, kDotFeatures, 8 * kTiles);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int g = lane / 4, t = lane % 4;
-  const T* weight = block.weight<T>(p) + g * p.feature_stride + 8 * t;
-  const T* x = block.x<T>(p) + g * p.groups * p.depth + 8 * t;
-  const int64_t lower = 8 * p.feature_stride, x_tile = 8 * p.groups * p.depth;
+// A block of kTiles tiles of 8 rows and kFeatureTiles tiles of 16 features.
+template <int kTiles, int kFeatureTiles, int kBlockWarps = 8, int kMostBytes = 96 * 1024>
+struct SkinnyDot {
+  static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps, kBlocks = 16 / kWarps;  // per multiprocessor
+  static constexpr int kRows = 8 * kTiles, kFeatures = 16 * kFeatureTiles;
+  static constexpr int kStride = kFeatures + 4;              // between rows of sums: no two lanes write to a bank
+  static constexpr int kPacks = 2 * kFeatureTiles + kTiles;  // 16 bytes each, per lane and step
+  static constexpr int kStepBytes = 16 * kPacks * kThreads;  // of all warps
+  // kMostBytes: two blocks fit into a multiprocessor, and one on devices that give a block no more (sm_86).
+  static constexpr int kStages = kMostBytes / kStepBytes < 6 ? kMostBytes / kStepBytes : 6;
+  static constexpr int kSumsBytes = kWarps * kRows * kStride * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kSumsBytes > kStages* kStepBytes ? kSumsBytes : kStages* kStepBytes;
+};
 
-  float sums[kTiles][4] = {};
-  for (int64_t first = int64_t{warp} * kDotDepth; first < p.depth; first += kDotAhead * kDotWarps * kDotDepth) {
-    uint4 w[kDotAhead][2];
+// Lane (g, t) takes elements 8 t .. 8 t + 7 of rows g, g + 8, ... of the weight and of x: they stand for k = 2 t, 2 t +
+// 1, 2 t + 8, 2 t + 9 of two matrix instructions. They wait in shared memory, kStages steps ahead, where registers
+// would hold one: no other lane reads them, so that nobody waits for anybody before the sums meet.
+template <class T, int kTiles, int kFeatureTiles, class D = SkinnyDot<kTiles, kFeatureTiles>>
+__global__ void __launch_bounds__(D::kThreads, D::kBlocks)
+    skinny_dot_kernel(const __grid_constant__ SkinnyLinearParams p) {
+  constexpr int kBlockDepth = D::kWarps * kDotDepth;
+  VICO_DYNAMIC_SHARED(unsigned char, shared);
+  const SkinnyBlock block(p, D::kFeatures, D::kRows);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+  const int64_t start = int64_t{warp} * kDotDepth;
+  const int steps = static_cast<int>((p.depth - start + kBlockDepth - 1) / kBlockDepth);
+  const T* weight = block.weight<T>(p) + g * p.feature_stride + start + 8 * t;
+  const T* x = block.x<T>(p) + g * p.groups * p.depth + start + 8 * t;
+  const int64_t weight_tile = 8 * p.feature_stride, x_tile = 8 * p.groups * p.depth;
+  int64_t left = p.depth - start - 8 * t;  // of the depth, from what is staged next
+  uint4* mine = reinterpret_cast<uint4*>(shared) + thread;
+
+  const auto stage = [&](uint4* to) {
+    const auto copy = [&](bool whole) {
+      const T *w = weight, *b = x;
 #pragma unroll
-    for (int i = 0; i < kDotAhead; ++i) {
-      const int64_t k = first + i * kDotWarps * kDotDepth;
-      const bool there = k + 8 * t < p.depth;
-      w[i][0] = load16_if(there && g < block.features, weight + k);
-      w[i][1] = load16_if(there && g + 8 < block.features, weight + k + lower);
+      for (int i = 0; i < 2 * kFeatureTiles; ++i, w += weight_tile) {
+        ptx::cp_async_16(to + i * D::kThreads, w, whole || g + 8 * i < block.features ? 16 : 0);
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n, b += x_tile) {
+        ptx::cp_async_16(to + (2 * kFeatureTiles + n) * D::kThreads, b, whole || g + 8 * n < block.rows ? 16 : 0);
+      }
+    };
+    if (left > 0 && block.features == D::kFeatures && block.rows == D::kRows) {
+      copy(true);
+    } else if (left > 0) {
+      copy(false);
+    } else {
+#pragma unroll
+      for (int i = 0; i < D::kPacks; ++i) to[i * D::kThreads] = make_uint4(0, 0, 0, 0);
     }
+    weight += kBlockDepth;
+    x += kBlockDepth;
+    left -= kBlockDepth;
+  };
+  // A thread stores one feature of several rows: its bias is under way meanwhile.
+  const int f = thread % D::kFeatures;
+  const T bias = block.bias<T>(p, f);
+
+  float sums[kFeatureTiles][kTiles][4] = {};
+  int slot = 0;
+#pragma unroll 1
+  for (int step = -D::kStages; step < steps; ++step) {
+    uint4* packs = mine + slot * D::kPacks * D::kThreads;
+    if (step >= 0) {
+      ptx::cp_async_wait<D::kStages - 1>();
+      uint4 b[kTiles];
 #pragma unroll
-    for (int i = 0; i < kDotAhead; ++i) {
-      const int64_t k = first + i * kDotWarps * kDotDepth;
-      if (k >= p.depth) break;
-      const bool there = k + 8 * t < p.depth;
+      for (int n = 0; n < kTiles; ++n) b[n] = ptx::load16(packs + (2 * kFeatureTiles + n) * D::kThreads);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const uint4 b = load16_if(there && g + 8 * n < block.rows, x + k + n * x_tile);
-        mma<T>(sums[n], {w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y}, {b.x, b.y});
-        mma<T>(sums[n], {w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w}, {b.z, b.w});
+      for (int j = 0; j < kFeatureTiles; ++j) {
+        const uint4 low = ptx::load16(packs + 2 * j * D::kThreads);
+        const uint4 high = ptx::load16(packs + (2 * j + 1) * D::kThreads);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], {low.x, high.x, low.y, high.y}, {b[n].x, b[n].y});
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], {low.z, high.z, low.w, high.w}, {b[n].z, b[n].w});
+      }
+    }
+    if (step + D::kStages < steps) stage(packs);
+    ptx::cp_async_commit();
+    slot = slot + 1 == D::kStages ? 0 : slot + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();                                  // the sums lie where other threads' steps were
+  float* parts = reinterpret_cast<float*>(shared);  // [D::kWarps, kRows, kStride]
+#pragma unroll
+  for (int j = 0; j < kFeatureTiles; ++j) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        parts[(warp * D::kRows + 8 * n + 2 * t + i % 2) * D::kStride + 16 * j + g + 8 * (i / 2)] = sums[j][n][i];
       }
     }
   }
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) parts[warp][8 * n + 2 * t + i % 2][g + 8 * (i / 2)] = sums[n][i];
-  }
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < block.rows * kDotFeatures; i += 32 * kDotWarps) {
-    const int r = i / kDotFeatures, f = i % kDotFeatures;
-    if (f >= block.features) continue;
-    float sum = parts[0][r][f];
+  if (f >= block.features) return;
+  static_assert(D::kThreads % D::kFeatures == 0, "a thread keeps to its feature");
+  for (int r = thread / D::kFeatures; r < block.rows; r += D::kThreads / D::kFeatures) {
+    float sum = parts[r * D::kStride + f];
 #pragma unroll
-    for (int w = 1; w < kDotWarps; ++w) sum += parts[w][r][f];
-    block.store<T>(p, r, f, sum);
+    for (int w = 1; w < D::kWarps; ++w) sum += parts[(w * D::kRows + r) * D::kStride + f];
+    block.store<T>(p, r, f, sum, bias);
   }
 }
 
@@ -268,15 +331,40 @@ __global__ void __launch_bounds__(32 * kPlainColumnWarps)
   }
 }
 
+template <class T, int kTiles, int kFeatureTiles, class D = SkinnyDot<kTiles, kFeatureTiles>>
+void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
+  launch(skinny_dot_kernel<T, kTiles, kFeatureTiles, D>, dim3(skinny_blocks(p, D::kFeatures, D::kRows)),
+         dim3(D::kThreads), D::kSharedBytes, stream, p);
+}
+
+// Every block reads its rows of x from L2: more features per block read them less often, fewer keep more
+// multiprocessors busy.
 template <class T, int kTiles>
-void skinny_tensor_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
-  if (p.depth_stride == 1) {
-    launch(skinny_dot_kernel<T, kTiles>, dim3(skinny_blocks(p, kDotFeatures, 8 * kTiles)), dim3(32 * kDotWarps), 0,
-           stream, p);
-  } else {
-    launch(skinny_columns_kernel<T, kTiles>, dim3(skinny_blocks(p, kColumnFeatures, 8 * kTiles)),
-           dim3(32 * kColumnWarps), 0, stream, p);
-  }
+void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
+  const int64_t features = p.groups * p.features;
+  if (features >= 8192) return skinny_dot_cuda<T, kTiles, 4>(p, stream);
+  if (features >= 2048) return skinny_dot_cuda<T, kTiles, 2>(p, stream);
+  skinny_dot_cuda<T, kTiles, 1>(p, stream);
+}
+
+template <class T>
+void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
+  if (p.rows <= 8) return skinny_dot_cuda<T, 1>(p, stream);
+  // Few blocks of 32 rows leave half the chip idle: twice as many of 16 share the weight through L2.
+  if (p.rows <= 16 || (p.groups * p.features <= 1024 && p.rows <= 32)) return skinny_dot_cuda<T, 2>(p, stream);
+  skinny_dot_cuda<T, 4>(p, stream);
+}
+
+template <class T, int kTiles>
+void skinny_columns_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
+  launch(skinny_columns_kernel<T, kTiles>, dim3(skinny_blocks(p, kColumnFeatures, 8 * kTiles)), dim3(32 * kColumnWarps),
+         0, stream, p);
+}
+template <class T>
+void skinny_columns_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
+  if (p.rows <= 8) return skinny_columns_cuda<T, 1>(p, stream);
+  if (p.rows <= 16) return skinny_columns_cuda<T, 2>(p, stream);
+  skinny_columns_cuda<T, 4>(p, stream);
 }
 
 // Whether the tensor core kernels can read x and the weight in their packs.
@@ -293,11 +381,7 @@ void skinny_linear_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      if (is_wide(p)) {
-        if (p.rows <= 8) return skinny_tensor_cuda<T, 1>(p, stream);
-        if (p.rows <= 16) return skinny_tensor_cuda<T, 2>(p, stream);
-        return skinny_tensor_cuda<T, 4>(p, stream);
-      }
+      if (is_wide(p)) return p.depth_stride == 1 ? skinny_dot_cuda<T>(p, stream) : skinny_columns_cuda<T>(p, stream);
     }
     if (p.depth_stride == 1) {
       launch(skinny_plain_dot_kernel<T>, dim3(skinny_blocks(p, kPlainWarps * kPlainFeatures, kPlainRows)),

@@ -34,10 +34,9 @@ const std::vector<Problem> kProblems = {
 };
 // For the fused kernel: full chunks, one slice and many, of each of its geometries, with tails.
 const std::vector<Problem> kFusedProblems = {
-    {3, 141, 40, 16, 1, true},
-    {1, 20, 264, 16, 1, false, 0, 1},
-    {1, 34, 400, 4, 0},
-    {1, 9, 1096, 16, 1},
+    {3, 141, 40, 16, 1, true}, {1, 20, 264, 16, 1, false, 0, 1},
+    {1, 34, 400, 4, 0},        {1, 24, 1024, 2, 0},
+    {1, 9, 1096, 16, 1},       {1, 16, 3200, 2, 0},
 };
 
 size_t size(int64_t n) { return static_cast<size_t>(n); }

@@ -44,6 +44,12 @@ const Problem kProblems[] = {
     {9, 1, 40, 9, true, true, 3, 1},
 };
 
+// For tensor cores: features that make larger blocks.
+const Problem kManyFeatures[] = {
+    {18, 8, 257, 40, false, true, 8},
+    {18, 1, 8200, 24},
+};
+
 size_t size(int64_t n) { return static_cast<size_t>(n); }
 
 template <class T>
@@ -104,11 +110,11 @@ struct Layer {
   }
 };
 
-template <class T>
-void linear() {
+template <class T, size_t kCount>
+void linear(const Problem (&problems)[kCount]) {
   coh::Random random(9);
   int number = 0;
-  for (const Problem& problem : kProblems) {
+  for (const Problem& problem : problems) {
     try {
       Layer<T> d(problem, random);
       vico::skinny_linear_cuda(d.p, nullptr);
@@ -142,9 +148,10 @@ void linear() {
 
 }  // namespace
 
-COH_CASE(linear_bfloat16) { linear<vico::BFloat16>(); }
-COH_CASE(linear_half) { linear<vico::Half>(); }
-COH_CASE(linear_float) { linear<float>(); }
-COH_CASE(linear_double) { linear<double>(); }
+COH_CASE(linear_bfloat16) { linear<vico::BFloat16>(kProblems); }
+COH_CASE(linear_half) { linear<vico::Half>(kProblems); }
+COH_CASE(many_features_bfloat16) { linear<vico::BFloat16>(kManyFeatures); }
+COH_CASE(linear_float) { linear<float>(kProblems); }
+COH_CASE(linear_double) { linear<double>(kProblems); }
 
 COH_MAIN
