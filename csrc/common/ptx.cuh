@@ -90,6 +90,28 @@ VICO_DEVICE float half_to_float(uint16_t bits) {
 #endif
 }
 
+// ---- approximations in one instruction, of relative error below 2^-22; subnormal results become zero. The intrinsics
+// __expf and __fdividef take four more to be right for subnormal numbers.
+
+VICO_DEVICE float reciprocal(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return coh::flush_subnormal(1.0f / coh::flush_subnormal(x));
+#endif
+}
+VICO_DEVICE float exp2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return coh::flush_subnormal(std::exp2(coh::flush_subnormal(x)));
+#endif
+}
+
 // ---- cp.async: global to shared memory, in groups that complete in order
 
 // 16 bytes past the L1 cache; only the first `bytes` are read, the rest is zeros.

@@ -1,6 +1,7 @@
 // The host bodies of the PTX wrappers in common/ptx.cuh and common/ptx_sm90.cuh: one function per instruction.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace coh {
@@ -9,6 +10,9 @@ uint32_t shared_address(const void* p);
 
 // ---- vector accesses
 void check_vector(const void* p, int bytes, const char* what);
+
+// ---- approximations
+inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
 // ---- cp.async
 void copy_async(void* to, const void* from, int bytes, int from_bytes);

@@ -19,7 +19,8 @@ struct Sm90Projection {
   static constexpr int kBoxBytes = kBoxRows * kDepth * 2;
   static constexpr int kStageBytes = (kRows + kN) * kDepth * 2;
   static constexpr int kStages = kN == 256 ? 4 : 6;
-  static constexpr int kShared = kStages * kStageBytes;
+  static constexpr int kSums = kStages * kStageBytes;  // behind the ring: a part of each consumer warp's sums
+  static constexpr int kShared = kSums + 8 * StagedSums<64>::kFloats * 4;
 };
 
 // Of A: boxes of 64 rows, from rows {K, M}, or from tokens {rate * V, inner, outer, image tile, row of the block} with
@@ -54,8 +55,9 @@ struct BoxOfA {
     run = static_cast<int>(s.rate * s.channels);
     const int64_t inner = s.transposed ? s.out_h() : s.out_w();
     outer = static_cast<int>(first_row % s.out_tokens() / inner);
-    // Behind the last row lies the tile after the last one: outside the tensor, zeros.
-    tile = static_cast<int>(first_row < g.rows ? checked_source_tile(s, first_row / s.out_tokens()) : s.tiles);
+    // Behind the last row lies the tile after the last one: outside the tensor, zeros. Bad indices lead there too.
+    const int64_t source = first_row < g.rows ? s.source_tile(first_row / s.out_tokens()) : s.tiles;
+    tile = static_cast<int>(source >= 0 && source < s.tiles ? source : s.tiles);
   }
   VICO_DEVICE void load(void* to, const CUtensorMap* map, int k, uint64_t* full) const {
     if (shuffled) {
@@ -67,6 +69,23 @@ struct BoxOfA {
     }
   }
 };
+
+// The descriptor of an operand of wgmma in the ring; its address is in units of 16 bytes.
+VICO_DEVICE uint64_t operand(uint32_t address) { return ptx::matrix_descriptor(address, 16, 1024, ptx::Swizzle::k128); }
+
+// Ends with a message where a row would go to a place that does not exist, or a tile of the view is none. The main
+// kernel must not: a call anywhere in it, and ptxas has every wgmma wait for the one before (C7510), at half the speed.
+static __global__ void __launch_bounds__(256) projection_indices_kernel(const __grid_constant__ ProjectionParams p) {
+  const ProjectionGroup& g = p.group[blockIdx.y];
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= g.rows) return;
+  output_row<true>(g, i);
+  if (g.shuffled && i < g.shape.selected) checked_source_tile(g.shape, i);
+}
+
+inline bool has_indices(const ProjectionGroup& g) {
+  return g.rows > 0 && (g.out_row || (g.shuffled && g.shape.tile_index));
+}
 
 template <class T, int kN>
 __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
@@ -116,6 +135,11 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
 
   ptx::take_more_registers<232>();
   const int box = warp_group - 1, warp = tid / 32 % 4;
+  const uint32_t ring_address = ptx::shared_address(shared);
+  const uint64_t ring_a = operand(ring_address + static_cast<uint32_t>(box * S::kBoxBytes));
+  const uint64_t ring_w = operand(ring_address + 2 * S::kBoxBytes);
+  using Staged = StagedSums<64>;
+  float* staged = reinterpret_cast<float*>(shared + S::kSums) + (tid / 32 - 4) * Staged::kFloats;
 #pragma unroll 1
   for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
     const ProjectionTile tile = find_tile<S::kRows, kN>(p, index);
@@ -126,14 +150,11 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       ptx::mbarrier_wait(&full[ring.stage], ring.parity);
-      const uint32_t stage = ptx::shared_address(shared + ring.stage * S::kStageBytes);
-      const uint32_t a = stage + static_cast<uint32_t>(box * S::kBoxBytes), w = stage + 2 * S::kBoxBytes;
+      const uint64_t stage = static_cast<uint64_t>(ring.stage) * (S::kStageBytes / 16);
       ptx::wgmma_fence();
 #pragma unroll
-      for (uint32_t k = 0; k < S::kDepth / 16; ++k) {
-        ptx::wgmma_m64k16<kN, std::is_same_v<T, Half>>(
-            sums, ptx::matrix_descriptor(a + 32 * k, 16, 1024, ptx::Swizzle::k128),
-            ptx::matrix_descriptor(w + 32 * k, 16, 1024, ptx::Swizzle::k128), true);
+      for (uint64_t k = 0; k < S::kDepth / 16; ++k) {
+        ptx::wgmma_m64k16<kN, std::is_same_v<T, Half>>(sums, ring_a + stage + 2 * k, ring_w + stage + 2 * k, true);
       }
       ptx::wgmma_commit();
       if (step > 0) {  // the step before is through: its stage may be filled again
@@ -143,18 +164,22 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
       previous = ring.stage;
       ring.advance<S::kStages>();
     }
+    const int row = tile.row + box * S::kBoxRows + 16 * warp, lane_column = lane % Staged::kRowLanes * 8;
+    const OutputRow lane_row = output_row<false>(g, row + lane % 16);
     ptx::wgmma_wait<0>();
     if (lane == 0) ptx::mbarrier_arrive(&empty[previous]);
 
-    const int row = tile.row + box * S::kBoxRows + 16 * warp;
-    const OutputRow rows[2] = {OutputRow(g, row + lane / 4), OutputRow(g, row + lane / 4 + 8)};
+#pragma unroll 1
+    for (int column = tile.column; column < tile.column + kN && column < g.columns; column += 64) {
+      const ColumnTerms terms(g, column + lane_column);
+      __syncwarp();  // the part before is read
 #pragma unroll
-    for (int q = 0; q < kN / 32; ++q) {
-      if (tile.column + 32 * q < g.columns) {
-        write_fragments<T>(
-            g, row, tile.column + 32 * q, [&](int h) { return rows[h]; },
-            [&](int j, int r) { return sums[16 * q + 4 * j + r]; });
+      for (int held = 0; held < kN / 64; ++held) {
+        if (tile.column + 64 * held == column)
+          Staged::put(staged, [&](int j, int r) { return sums[32 * held + 4 * j + r]; });
       }
+      __syncwarp();
+      Staged::write<T>(g, row, column, staged, lane_row, terms);
     }
   }
 #else
@@ -233,6 +258,10 @@ void launch_projection_sm90(const ProjectionParams& p, int multiprocessors, cuda
     if (tile_count<S::kRows, kN>(g) == 0) continue;
     maps.a[i] = map_of_a(g, element);
     maps.weight[i] = map_of_weight(g, element, kN);
+  }
+  if (has_indices(p.group[0]) || has_indices(p.group[1])) {
+    const auto rows = static_cast<unsigned>(std::max(p.group[0].rows, p.group[1].rows));
+    launch(projection_indices_kernel, dim3((rows + 255) / 256, 2), dim3(256), 0, stream, p);
   }
   launch(projection_sm90_kernel<T, kN>, dim3(std::min(tiles, static_cast<unsigned>(multiprocessors))),
          dim3(S::kThreads), S::kShared, stream, p, maps, tiles);
