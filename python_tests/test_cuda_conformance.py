@@ -225,6 +225,20 @@ def test_arithmetic(dump: dict[str, Case]) -> None:
         assert (error <= ulp + 1).all(), f"column {column}: {error.max()} ulp"
 
 
+def test_approximations(dump: dict[str, Case]) -> None:
+    x = dump["approximations"]["x"].astype(np.float64)
+    tiny = float(np.finfo(np.float32).tiny)
+    x = np.where(np.abs(x) < tiny, 0, x)
+    with np.errstate(divide="ignore", over="ignore"):
+        exact = np.stack([1 / x, np.exp2(x)], 1)
+    exact[np.abs(exact) < tiny] = 0
+    exact[np.abs(exact) > np.finfo(np.float32).max] = np.inf
+    floats = dump["approximations"]["floats"].astype(np.float64)
+    regular = np.isfinite(exact) & (exact != 0)
+    np.testing.assert_array_equal(floats[~regular], exact[~regular])
+    assert (np.abs(floats / np.where(regular, exact, 1) - 1)[regular] <= 2.0**-22).all()
+
+
 def test_mbarrier(dump: dict[str, Case]) -> None:
     # What tests of parity 0 and of parity 1 say, as the barrier goes through its phases.
     first = [(0, 1), (0, 1), (1, 0), (0, 1)]
@@ -322,7 +336,7 @@ def test_wgmma(dump: dict[str, Case]) -> None:
 
 
 # Sums whose order or rounding the hardware keeps to itself, and approximations: held to the bounds above on both sides.
-BOUNDED = re.compile(r"(mma_m16n8k16_\w+|wgmma_m64k16\..*)\.fractions/out|arithmetic/floats")
+BOUNDED = re.compile(r"(mma_m16n8k16_\w+|wgmma_m64k16\..*)\.fractions/out|(arithmetic|approximations)/floats")
 
 
 def test_host_bodies_do_what_the_gpu_does(host: dict[str, Case], gpu: dict[str, Case]) -> None:

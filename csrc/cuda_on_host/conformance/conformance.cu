@@ -46,6 +46,7 @@ void dump_sm80(Dump& dump) {
   conformance::dump_shuffles(dump, random);
   conformance::dump_atomics(dump, random);
   conformance::dump_arithmetic(dump, random);
+  conformance::dump_approximations(dump);
 }
 
 #ifndef VICO_CONFORMANCE_SM80
