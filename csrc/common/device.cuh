@@ -5,6 +5,7 @@
 //   VICO_DEVICE_CHECK(condition, ...)    a printf message: what the host cannot check without waiting ends the kernel
 //
 //   vico::launch(kernel, grid, block, shared_bytes, stream, args...)
+//   vico::launch_clusters(kernel, cluster, grid, block, ...)   blocks in clusters of `cluster` along x (sm_90)
 #pragma once
 
 #ifdef __CUDACC__
@@ -43,14 +44,33 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+inline void allow_shared_memory(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;  // what every device gives without being asked
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+             "dynamic shared memory of a kernel");
+}
+
+template <class... Params, class... Args>
+void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, const Args&... args) {
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
+  cudaLaunchAttribute dimension;
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim.x = cluster;
+  dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &dimension;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "launch of a kernel");
+}
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Args&... args) {
-  if (shared_bytes > 48 * 1024) {  // more than every device gives without being asked
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               "dynamic shared memory of a kernel");
-  }
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
   check_cuda(cudaGetLastError(), "launch of a kernel");
 }

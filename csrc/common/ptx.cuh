@@ -90,18 +90,8 @@ VICO_DEVICE float half_to_float(uint16_t bits) {
 #endif
 }
 
-// ---- approximations in one instruction, of relative error below 2^-22; subnormal results become zero. The intrinsics
-// __expf and __fdividef take four more to be right for subnormal numbers.
-
-VICO_DEVICE float reciprocal(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return coh::flush_subnormal(1.0f / coh::flush_subnormal(x));
-#endif
-}
+// 2^x of relative error below 2^-22, in one instruction; subnormal results become zero. __expf takes three more for
+// them.
 VICO_DEVICE float exp2(float x) {
 #ifdef __CUDACC__
   float y;

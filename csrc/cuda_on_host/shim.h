@@ -37,7 +37,8 @@ extern dim3 grid_dim, block_dim;
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // `kernel` is only noted: a test program tells which ones it has run.
-void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
+void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes,
+            unsigned cluster);
 void* dynamic_shared();
 // The block's variable of this key: each has an allocation of its own, so that ASan sees its ends.
 void* static_shared(const void* key, size_t bytes, size_t alignment);
@@ -77,7 +78,8 @@ namespace vico {
 
 // Every thread gets its own copy of the arguments, as on the device.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Args&... args) {
+void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t, const Args&... args) {
   struct Call {
     void (*kernel)(Params...);
     std::tuple<Params...> params;
@@ -88,7 +90,12 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
         const Call& c = *static_cast<Call*>(p);
         std::apply([&](const auto&... x) { c.kernel(x...); }, c.params);
       },
-      &call, grid, block, shared_bytes);
+      &call, grid, block, shared_bytes, cluster);
+}
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Args&... args) {
+  launch_clusters(kernel, 1, grid, block, shared_bytes, stream, args...);
 }
 
 }  // namespace vico

@@ -62,17 +62,17 @@ VICO_DEVICE uint32_t kept_elements(const DropoutMask& mask, uint64_t first) {
   return bits;
 }
 
-// z Phi(z), with Phi by the tail on z's side: no cancellation for negative z. As normal_tail_quotient, but the fit
-// (u = 1 / (1 + 0.305 |z|), z <= 13) is as good as 16-bit results need: relative error of the tail 4.3e-6.
+// z Phi(z), with Phi by the tail on z's side: no cancellation for negative z. The tail is 2^P(|z|), P the polynomial of
+// degree 7 that makes its greatest relative error least, 3.3e-6 up to |z| = 6.2; beyond, P falls on, below -31.
 VICO_DEVICE float exact_gelu(float z) {
-  constexpr float kQ[] = {0.1219996694f,    0.1167413582f, 0.1402622041f,
-                          -0.003446786267f, 0.2012016681f, -0.07675656504f};
-  const float u = ptx::reciprocal(0.305f * fabsf(z) + 1.0f);
-  float quotient = u * kQ[5] + kQ[4];
+  constexpr float kP[] = {-0.9999952933f,  -1.151251075f,     -0.4584642824f,   -0.05396021907f,
+                          0.008507984482f, -0.0009305540545f, 6.160271718e-05f, -1.835069788e-06f};
+  const float t = fabsf(z);
+  float p = kP[7];
 #pragma unroll
-  for (int i = 3; i >= 0; --i) quotient = quotient * u + kQ[i];
-  const float tail = ptx::exp2(-0.72134752044f * z * z) * (u * quotient);  // exp(-z^2 / 2) = 2^(-z^2 / (2 ln 2))
-  return z * (z > 0 ? 1.0f - tail : tail);
+  for (int i = 6; i >= 0; --i) p = p * t + kP[i];
+  const float y = z * ptx::exp2(p);
+  return z > 0 ? z - y : y;
 }
 
 // Row `row` of the output as its writers need it.

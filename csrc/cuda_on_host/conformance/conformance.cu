@@ -46,7 +46,7 @@ void dump_sm80(Dump& dump) {
   conformance::dump_shuffles(dump, random);
   conformance::dump_atomics(dump, random);
   conformance::dump_arithmetic(dump, random);
-  conformance::dump_approximations(dump);
+  conformance::dump_exp2(dump);
 }
 
 #ifndef VICO_CONFORMANCE_SM80
@@ -78,6 +78,7 @@ void dump_sm90(Dump& dump) {
   conformance::dump_stmatrix<4, true>(dump, random);
   conformance::dump_registers(dump, random);
   conformance::dump_every_wgmma(dump, random);
+  conformance::dump_cluster(dump, random);
 }
 #endif
 
