@@ -66,7 +66,7 @@ CLUSTER_BUGS = {
     "missing_last_cluster_sync": dict.fromkeys(
         MODES, "block (of rank ., whose shared memory is meant,|that) has ended"
     ),
-    "arrives_at_its_own_block_alone": {"plain": "element", "asan": "element", "race": "race: |element"},
+    "arrives_at_its_own_block_alone": {"plain": "element", "asan": "element", "race": RACE},
 }
 BUGS = dict(zip(SELF_TESTS, (MEMORY_BUGS, ASYNC_BUGS, CLUSTER_BUGS), strict=True))
 
