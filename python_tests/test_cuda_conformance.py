@@ -227,6 +227,17 @@ def test_arithmetic(dump: dict[str, Case]) -> None:
         assert (error <= ulp + 1).all(), f"column {column}: {error.max()} ulp"
 
 
+def test_exp2(dump: dict[str, Case]) -> None:
+    x = dump["exp2"]["x"].astype(np.float64)
+    exact = np.exp2(x)
+    exact[exact < np.finfo(np.float32).tiny] = 0
+    exact[exact > np.finfo(np.float32).max] = np.inf
+    floats = dump["exp2"]["floats"].astype(np.float64)
+    regular = np.isfinite(exact) & (exact != 0)
+    np.testing.assert_array_equal(floats[~regular], exact[~regular])
+    assert (np.abs(floats / np.where(regular, exact, 1) - 1)[regular] <= 2.0**-22).all()
+
+
 def test_mbarrier(dump: dict[str, Case]) -> None:
     # What tests of parity 0 and of parity 1 say, as the barrier goes through its phases.
     first = [(0, 1), (0, 1), (1, 0), (0, 1)]
@@ -240,6 +251,14 @@ def test_registers(dump: dict[str, Case]) -> None:
     for row in case["in"]:
         total = total * np.uint32(3) + row
     np.testing.assert_array_equal(case["out"], total)
+
+
+def test_overlap(dump: dict[str, Case]) -> None:
+    case = dump["overlap"]
+    words = case["in"]
+    for _ in range(9):
+        words = np.roll(words, -12345) * np.uint32(3) + np.uint32(1)
+    np.testing.assert_array_equal(case["out"], words)
 
 
 def swizzled(address: np.ndarray, span: int) -> np.ndarray:
@@ -285,6 +304,12 @@ def test_tma(dump: dict[str, Case], rank: int) -> None:
         np.testing.assert_array_equal(case["stored"], stored, err_msg=name)
 
 
+def test_cluster(dump: dict[str, Case]) -> None:
+    case = dump["cluster"]
+    expected = [np.append(case["in"], rank) for rank in (0, 1, 0, 1)]
+    np.testing.assert_array_equal(case["out"], np.stack(expected).astype(np.uint32))
+
+
 def operand(memory: np.ndarray, rows: int, mn_major: bool, swizzle: int) -> np.ndarray:
     """[rows, 16] out of shared memory (16-bit elements): the canonical layouts of the PTX ISA for wgmma."""
     if swizzle == 0:  # 8 x 8 core matrices, two along K side by side
@@ -324,7 +349,7 @@ def test_wgmma(dump: dict[str, Case]) -> None:
 
 
 # Sums whose order or rounding the hardware keeps to itself, and approximations: held to the bounds above on both sides.
-BOUNDED = re.compile(r"(mma_m16n8k16_\w+|wgmma_m64k16\..*)\.fractions/out|arithmetic/floats")
+BOUNDED = re.compile(r"(mma_m16n8k16_\w+|wgmma_m64k16\..*)\.fractions/out|(arithmetic|exp2)/floats")
 
 
 def test_host_bodies_do_what_the_gpu_does(host: dict[str, Case], gpu: dict[str, Case]) -> None:

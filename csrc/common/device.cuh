@@ -6,6 +6,7 @@
 //
 //   vico::launch(kernel, grid, block, shared_bytes, stream, args...)
 //   vico::launch_early(...)              the same, for kernels that may begin before the one before them has ended
+//   vico::launch_clusters(kernel, cluster, grid, block, ...)   blocks in clusters of `cluster` along x (sm_90)
 #pragma once
 
 #ifdef __CUDACC__
@@ -44,31 +45,52 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+inline void allow_shared_memory(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;  // what every device gives without being asked
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+             "dynamic shared memory of a kernel");
+}
+
+struct LaunchOptions {
+  unsigned cluster = 1;  // blocks along x
+  bool early = false;
+};
+
 template <class... Params, class... Args>
-void launch_with(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                 const Args&... args) {
-  if (shared_bytes > 48 * 1024) {  // more than every device gives without being asked
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               "dynamic shared memory of a kernel");
-  }
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+void launch_with(const LaunchOptions& options, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                 cudaStream_t stream, const Args&... args) {
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = early ? 1 : 0;
+  config.attrs = attributes;
+  if (options.cluster > 1) {
+    cudaLaunchAttribute& dimension = attributes[config.numAttrs++];
+    dimension.id = cudaLaunchAttributeClusterDimension;
+    dimension.val.clusterDim.x = options.cluster;
+    dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+  }
+  if (options.early) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "launch of a kernel");
 }
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Args&... args) {
-  launch_with(false, kernel, grid, block, shared_bytes, stream, args...);
+  launch_with({}, kernel, grid, block, shared_bytes, stream, args...);
+}
+
+template <class... Params, class... Args>
+void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, const Args&... args) {
+  launch_with({cluster, false}, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 // For kernels of which every thread calls ptx::wait_for_earlier_kernels(), before it reads or writes what kernels before
@@ -79,7 +101,7 @@ void launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, size_t share
   int device = 0, major = 0;
   check_cuda(cudaGetDevice(&device), "the current device");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-  launch_with(major >= 9, kernel, grid, block, shared_bytes, stream, args...);
+  launch_with({1, major >= 9}, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 }  // namespace vico

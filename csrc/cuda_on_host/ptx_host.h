@@ -11,6 +11,9 @@ uint32_t shared_address(const void* p);
 // ---- vector accesses
 void check_vector(const void* p, int bytes, const char* what);
 
+// ---- approximations
+inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+
 // ---- cp.async
 void copy_async(void* to, const void* from, int bytes, int from_bytes);
 void copy_async_commit();
@@ -29,10 +32,15 @@ inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::c
 void mbarrier_init(void* barrier, int count);
 void mbarrier_invalidate(void* barrier);
 void mbarrier_arrive(void* barrier, int transaction_bytes, bool counts);
+void mbarrier_arrive_at(void* barrier, int rank);
 bool mbarrier_test(void* barrier, uint32_t parity);
 void mbarrier_wait(void* barrier, uint32_t parity);
 void fence_mbarrier_init();
 void fence_proxy_async();
+
+// ---- clusters
+int cluster_rank();
+void cluster_sync();
 
 // ---- TMA
 struct TensorMap {
@@ -52,6 +60,7 @@ struct TensorCopy {
 void encode_tensor_map(void* map, int element_bytes, int rank, void* base, const uint64_t* size, const uint64_t* stride,
                        const uint32_t* box, int swizzle);
 void tensor_load(void* to, const void* map, const int* at, int rank, void* barrier);
+void tensor_load_multicast(void* to, const void* map, const int* at, int rank, void* barrier, uint32_t blocks);
 void tensor_store(const void* map, const void* from, const int* at, int rank);
 void bulk_commit();
 void bulk_wait(int keep);

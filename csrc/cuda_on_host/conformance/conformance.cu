@@ -78,6 +78,7 @@ const Section kSections[] = {
     {"shuffles", conformance::dump_shuffles},
     {"atomics", conformance::dump_atomics},
     {"arithmetic", conformance::dump_arithmetic},
+    {"exp2", [](Dump& dump, Random&) { conformance::dump_exp2(dump); }},
 #ifndef VICO_CONFORMANCE_SM80
     {"mbarrier", conformance::dump_mbarrier},
     {"TMA 1d",
@@ -103,6 +104,8 @@ const Section kSections[] = {
        conformance::dump_stmatrix<4, true>(dump, random);
      }},
     {"registers", conformance::dump_registers},
+    {"cluster", conformance::dump_cluster},
+    {"overlap", conformance::dump_overlap},
     {"wgmma kk", conformance::dump_wgmma_swizzles<false, false, false>},
     {"wgmma kn", conformance::dump_wgmma_swizzles<false, false, true>},
     {"wgmma mk", conformance::dump_wgmma_swizzles<false, true, false>},

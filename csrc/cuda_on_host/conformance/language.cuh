@@ -1,6 +1,7 @@
 // What the functions of CUDA do that cuda_on_host has bodies for: shuffles, votes, atomics, arithmetic.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "cuda_on_host/conformance/dump.h"
 
 namespace conformance {
@@ -129,6 +130,25 @@ inline void dump_arithmetic(Dump& dump, Random& random) {
   dump.output("arithmetic/integers", integers, {kN, kIntegers});
   dump.output("arithmetic/floats", floats, {kN, kFloats});
   dump.output("arithmetic/doubles", doubles, {kN});
+}
+
+// ---- 2^x
+
+__global__ void exp2_kernel(const float* x, float* out) {
+  const unsigned i = threadIdx.x;
+  out[i] = vico::ptx::exp2_approximate(x[i]);
+}
+
+inline void dump_exp2(Dump& dump) {
+  constexpr size_t kN = 256;
+  std::vector<float> numbers(kN);
+  for (size_t i = 0; i < kN; ++i) numbers[i] = static_cast<float>(i) * 1.05f - 140.0f;
+  numbers[0] = 0.0f;
+  numbers[1] = 0x1p-130f;  // subnormal: taken for zero
+  const auto x = dump.input("exp2/x", numbers, {kN});
+  const Array<float> out{std::vector<float>(kN)};
+  vico::launch(exp2_kernel, 1, kN, 0, nullptr, x.data(), out.data());
+  dump.output("exp2/floats", out, {kN});
 }
 
 }  // namespace conformance

@@ -146,6 +146,50 @@ void dump_tma(Dump& dump, Random& random, vico::MapElement element, ptx::Swizzle
   dump.output(name + "/stored", tensor, {tensor_size});
 }
 
+// ---- clusters: each of two blocks loads half of a tensor for both, and takes part in both blocks' second barrier
+
+constexpr int kClusterRows = 16;
+
+__global__ void cluster_kernel(const __grid_constant__ CUtensorMap map, uint32_t* out) {
+  VICO_DYNAMIC_SHARED(uint32_t, box);
+  VICO_SHARED(uint64_t, barrier, [2]);
+  const int rank = ptx::cluster_rank();
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(&barrier[0], 1);
+    ptx::mbarrier_init(&barrier[1], 2);
+    ptx::fence_mbarrier_init();
+  }
+  ptx::cluster_sync();
+  if (threadIdx.x == 0) {
+    const int at[2] = {0, rank * kClusterRows / 2};
+    ptx::mbarrier_arrive_expect(&barrier[0], kClusterRows * 16);
+    ptx::tma_load_multicast(box + rank * kClusterRows * 2, &map, at, &barrier[0], 3);
+  }
+  if (threadIdx.x < 2) ptx::mbarrier_arrive_at(&barrier[1], static_cast<int>(threadIdx.x));
+  ptx::mbarrier_wait(&barrier[0], 0);
+  ptx::mbarrier_wait(&barrier[1], 0);
+  uint32_t* to = out + blockIdx.x * (kClusterRows * 4 + 1);
+  to[threadIdx.x] = box[threadIdx.x];
+  if (threadIdx.x == 0) to[kClusterRows * 4] = static_cast<uint32_t>(rank);
+  ptx::cluster_sync();
+}
+
+inline void dump_cluster(Dump& dump, Random& random) {
+  constexpr size_t kWords = kClusterRows * 4, kBlocks = 4;
+  const auto in = dump.input("cluster/in", random.bits<uint32_t>(kWords), {kWords});
+  vico::TensorMapShape s;
+  s.rank = 2;
+  s.base = in.data();
+  s.size[0] = s.box[0] = 8;
+  s.size[1] = kClusterRows;
+  s.box[1] = kClusterRows / 2;
+  s.stride[0] = 16;
+  const Array<uint32_t> out{std::vector<uint32_t>(kBlocks * (kWords + 1))};
+  vico::launch_clusters(cluster_kernel, 2, kBlocks, kWords, kWords * 4, nullptr, vico::encode_tensor_map(s),
+                        out.data());
+  dump.output("cluster/out", out, {kBlocks, kWords + 1});
+}
+
 // ---- stmatrix
 
 template <int kCount, bool kTransposed>
@@ -194,6 +238,27 @@ inline void dump_registers(Dump& dump, Random& random) {
   const Array<uint32_t> out{std::vector<uint32_t>(384)};
   vico::launch(registers_kernel, 1, 384, 0, nullptr, in.data(), out.data());
   dump.output("registers/out", out, {384});
+}
+
+// ---- kernels that begin early: each reads what the one before it wrote
+
+__global__ void overlap_kernel(const uint32_t* in, uint32_t* out) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  ptx::let_next_kernel_begin();
+  ptx::wait_for_earlier_kernels();
+  out[i] = in[(i + 12345) % (gridDim.x * blockDim.x)] * 3 + 1;
+}
+
+inline void dump_overlap(Dump& dump, Random& random) {
+  constexpr unsigned kBlocks = 256, kThreads = 128, kWords = kBlocks * kThreads;
+  const auto in = dump.input("overlap/in", random.bits<uint32_t>(kWords), {kWords});
+  const Array<uint32_t> once{std::vector<uint32_t>(kWords)}, twice{std::vector<uint32_t>(kWords)};
+  vico::launch_early(overlap_kernel, kBlocks, kThreads, 0, nullptr, in.data(), once.data());
+  for (int i = 0; i < 4; ++i) {  // in turn into the one and the other: each overwrites what the last but one read
+    vico::launch_early(overlap_kernel, kBlocks, kThreads, 0, nullptr, once.data(), twice.data());
+    vico::launch_early(overlap_kernel, kBlocks, kThreads, 0, nullptr, twice.data(), once.data());
+  }
+  dump.output("overlap/out", once, {kWords});
 }
 
 }  // namespace conformance
