@@ -74,6 +74,7 @@ struct AttentionPoolParams {
   // Accumulate type, [tiles, chunks, channels + kStatistics, padded_heads]: what the chunks kernel leaves to combine.
   // On CUDA shape.cuda_forward_workspace() elements, aligned to 16 bytes.
   void* partial = nullptr;
+  bool chained = false;  // as in SkinnyLinearParams, of the tokens
 };
 
 struct AttentionPoolBackwardParams {

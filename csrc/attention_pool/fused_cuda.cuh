@@ -230,14 +230,18 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     }
     ptx::cp_async_commit();
   };
-  if (has_channels) {
-    stage_slice<kPoolHeads, kTiles>(query, stride, queries, p.in.query_head_stride, heads, channels, begin,
-                                    options.wide_query);
-  } else {
+  ptx::let_next_kernel_begin();
+  if (!has_channels) {
     for (int i = lane; i < kPoolHeads * F::kScoreStride; i += 32) parts[warp * kPoolHeads * F::kScoreStride + i] = 0;
   }
 #pragma unroll 1
   for (int step = 0; step < options.stages; ++step) stage(step, step);
+  ptx::wait_for_earlier_kernels();
+  if (has_channels) {
+    stage_slice<kPoolHeads, kTiles>(query, stride, queries, p.in.query_head_stride, heads, channels, begin,
+                                    options.wide_query);
+  }
+  ptx::cp_async_commit();
 
   float sums[kTiles][4] = {};
   // Of the softmax: this thread's head and the first of its tokens, and its share of the totals. `rounded` sums the
@@ -247,10 +251,10 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
   int slot = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    if (options.stages == F::kStages) {
+    if (options.stages == F::kStages && step > 0) {
       ptx::cp_async_wait<F::kStages - 1>();
     } else {
-      ptx::cp_async_wait<0>();
+      ptx::cp_async_wait<0>();  // at first for the queries, which come last
     }
     __syncwarp();
     const T* x = staged + slot * kTokens * stride + begin;
@@ -348,6 +352,8 @@ constexpr int kCombineChunks = 8;
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads, 4)
     combine_pool_kernel(const __grid_constant__ AttentionPoolParams p, bool wide) {
+  ptx::let_next_kernel_begin();
+  ptx::wait_for_earlier_kernels();
   const AttentionPoolShape& s = p.shape;
   const int64_t packs = s.cuda_padded_channels() / 8, i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= s.tiles * s.heads * packs) return;
@@ -416,9 +422,9 @@ bool pool_chunks_cuda(const AttentionPoolParams& p, cudaStream_t stream) {
   options.wide_tokens = wide && is_aligned16(p.in.tokens) && p.in.tile_stride % 8 == 0 && p.in.token_stride % 8 == 0;
   options.wide_query =
       wide && is_aligned16(p.in.query) && p.in.query_stride % 8 == 0 && p.in.query_head_stride % 8 == 0;
-  launch(fused_pool_kernel<T, kTiles, F>,
-         dim3(static_cast<unsigned>(s.tiles * s.cuda_chunks()), static_cast<unsigned>(s.cuda_head_groups())),
-         dim3(F::kThreads), F::shared_bytes(channels, options.stages), stream, p, options);
+  launch_early(p.chained, fused_pool_kernel<T, kTiles, F>,
+               dim3(static_cast<unsigned>(s.tiles * s.cuda_chunks()), static_cast<unsigned>(s.cuda_head_groups())),
+               dim3(F::kThreads), F::shared_bytes(channels, options.stages), stream, p, options);
   return true;
 }
 
@@ -426,8 +432,9 @@ template <class T>
 void combine_pool_cuda(const AttentionPoolParams& p, cudaStream_t stream) {
   const AttentionPoolShape& s = p.shape;
   const int64_t threads = s.tiles * s.heads * (s.cuda_padded_channels() / 8);
-  launch(combine_pool_kernel<T>, dim3(static_cast<unsigned>((threads + kCombineThreads - 1) / kCombineThreads)),
-         dim3(kCombineThreads), 0, stream, p, s.channels % 8 == 0 && is_aligned16(p.context));
+  launch_early(true, combine_pool_kernel<T>,
+               dim3(static_cast<unsigned>((threads + kCombineThreads - 1) / kCombineThreads)), dim3(kCombineThreads), 0,
+               stream, p, s.channels % 8 == 0 && is_aligned16(p.context));
 }
 
 template <class T>

@@ -5,7 +5,7 @@
 //   VICO_DEVICE_CHECK(condition, ...)    a printf message: what the host cannot check without waiting ends the kernel
 //
 //   vico::launch(kernel, grid, block, shared_bytes, stream, args...)
-//   vico::launch_early(...)              the same, for kernels that may begin before the one before them has ended
+//   vico::launch_early(early, kernel, ...)  if `early`, the kernel may begin before the one before it has ended
 //   vico::launch_clusters(kernel, cluster, grid, block, ...)   blocks in clusters of `cluster` along x (sm_90)
 #pragma once
 
@@ -93,15 +93,17 @@ void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim
   launch_with({cluster, false}, kernel, grid, block, shared_bytes, stream, args...);
 }
 
-// For kernels of which every thread calls ptx::wait_for_earlier_kernels(), before it reads or writes what kernels before
-// it on the stream may have written or read: until then they may still be running. Devices before sm_90 cannot overlap.
+// For kernels of which every thread calls ptx::wait_for_earlier_kernels(), before it reads or writes what kernels
+// before it on the stream may have written or read: if `early`, they may still be running until then. What a kernel
+// reads sooner (weights) must be older than the chain of early kernels it belongs to: only then pass true for it, and
+// false for the first of the chain. Devices before sm_90 cannot overlap.
 template <class... Params, class... Args>
-void launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                  const Args&... args) {
+void launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                  cudaStream_t stream, const Args&... args) {
   int device = 0, major = 0;
   check_cuda(cudaGetDevice(&device), "the current device");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-  launch_with({1, major >= 9}, kernel, grid, block, shared_bytes, stream, args...);
+  launch_with({1, early && major >= 9}, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 }  // namespace vico

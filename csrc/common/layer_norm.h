@@ -14,7 +14,8 @@ struct LayerNormParams {
   const void* weight = nullptr;    // [channels]
   const void* bias = nullptr;      // [channels]
   double eps = 0;
-  void* y = nullptr;  // [rows, channels]; may be x or residual
+  void* y = nullptr;     // [rows, channels]; may be x or residual
+  bool chained = false;  // the kernel launched before this one belongs to the same chain of calls
 };
 
 void layer_norm_cuda(const LayerNormParams& params, cudaStream_t stream);

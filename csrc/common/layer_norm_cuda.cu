@@ -91,7 +91,7 @@ void layer_norm_cuda(const LayerNormParams& p, cudaStream_t stream) {
       wide = wide && is_aligned16(t);
     }
     const auto kernel = wide ? layer_norm_kernel<T, kPackWidth<T>> : layer_norm_kernel<T, 1>;
-    launch_early(kernel, dim3(static_cast<unsigned>(p.rows)), dim3(kNormThreads), 0, stream, p);
+    launch_early(p.chained, kernel, dim3(static_cast<unsigned>(p.rows)), dim3(kNormThreads), 0, stream, p);
   });
 }
 

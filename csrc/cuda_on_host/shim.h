@@ -104,9 +104,9 @@ void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim
   launch_with(cluster, false, kernel, grid, block, shared_bytes, args...);
 }
 template <class... Params, class... Args>
-void launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+void launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                   const Args&... args) {
-  launch_with(1, true, kernel, grid, block, shared_bytes, args...);
+  launch_with(1, early, kernel, grid, block, shared_bytes, args...);
 }
 
 }  // namespace vico

@@ -20,6 +20,7 @@ void linear(const RouterGateParams& p, const void* x, int64_t depth, const void*
   layer.bias = bias;
   layer.gelu = gelu;
   layer.y = y;
+  layer.chained = x != p.x;  // the first kernel's x is the call's
   skinny_linear_cuda(layer, stream);
 }
 
@@ -35,6 +36,7 @@ void norm(const RouterGateParams& p, const void* x, const void* residual, const 
   n.bias = bias;
   n.eps = p.eps;
   n.y = y;
+  n.chained = x != p.x;
   layer_norm_cuda(n, stream);
 }
 

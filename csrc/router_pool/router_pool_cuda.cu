@@ -12,9 +12,9 @@ const void* element(const void* p, int64_t i, Dtype dtype) {
   return static_cast<const char*>(p) + i * element_size(dtype);
 }
 
-// x [rows, channels] -> x' [tiles, channels]
+// x [rows, channels] -> x' [tiles, channels]. `chained`: not the first kernel.
 void router_round(const RouterPoolParams& p, const RouterAttention& a, const void* x, int64_t rows, void* out,
-                  cudaStream_t stream) {
+                  bool chained, cudaStream_t stream) {
   const AttentionPoolShape& s = p.shape;
   const int64_t channels = s.channels, head = channels / s.heads;
 
@@ -29,6 +29,7 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   query.bias = a.in_bias;
   query.scale = 1 / std::sqrt(static_cast<double>(head));
   query.y = p.rows[0];
+  query.chained = chained;
   skinny_linear_cuda(query, stream);
 
   SkinnyLinearParams keys;
@@ -43,6 +44,7 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   keys.feature_stride = 1;
   keys.depth_stride = channels;
   keys.y = p.heads[0];
+  keys.chained = true;
   skinny_linear_cuda(keys, stream);
 
   AttentionPoolParams pool;
@@ -56,6 +58,7 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   pool.context = p.heads[1];
   pool.lse = p.lse;
   pool.partial = p.partial;
+  pool.chained = true;
   attention_pool_cuda(pool, stream);
 
   SkinnyLinearParams values;
@@ -71,6 +74,7 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   values.depth_stride = 1;
   values.bias = element(a.in_bias, 2 * channels, s.dtype);
   values.y = p.rows[0];
+  values.chained = true;
   skinny_linear_cuda(values, stream);
 
   SkinnyLinearParams last = query;
@@ -79,6 +83,7 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   last.weight = a.out_weight;
   last.bias = a.out_bias;
   last.scale = 1;
+  last.chained = true;
   last.y = p.rows[1];
   skinny_linear_cuda(last, stream);
 
@@ -91,6 +96,7 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   norm.bias = a.norm_bias;
   norm.eps = p.eps;
   norm.y = out;
+  norm.chained = true;
   layer_norm_cuda(norm, stream);
 }
 
@@ -98,8 +104,8 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
 
 void router_pool_cuda(const RouterPoolParams& p, cudaStream_t stream) {
   if (p.shape.tiles == 0) return;
-  router_round(p, p.first, p.query_token, 1, p.pooled, stream);
-  for (int round = 2; round <= 4; ++round) router_round(p, p.later, p.pooled, p.shape.tiles, p.pooled, stream);
+  router_round(p, p.first, p.query_token, 1, p.pooled, false, stream);
+  for (int round = 2; round <= 4; ++round) router_round(p, p.later, p.pooled, p.shape.tiles, p.pooled, true, stream);
 }
 
 }  // namespace vico

@@ -106,59 +106,66 @@ __global__ void __launch_bounds__(D::kThreads, D::kBlocks)
   const int steps = static_cast<int>((p.depth - start + kBlockDepth - 1) / kBlockDepth);
   const T* weight = block.weight<T>(p) + g * p.feature_stride + start + 8 * t;
   const T* x = block.x<T>(p) + g * p.groups * p.depth + start + 8 * t;
+  ptx::let_next_kernel_begin();
   const int64_t weight_tile = 8 * p.feature_stride, x_tile = 8 * p.groups * p.depth;
-  int64_t left = p.depth - start - 8 * t;  // of the depth, from what is staged next
+  const int left = static_cast<int>(p.depth - start - 8 * t);  // of the depth, from the first step
   uint4* mine = reinterpret_cast<uint4*>(shared) + thread;
 
-  const auto stage = [&](uint4* to) {
-    const auto copy = [&](bool whole) {
-      const T *w = weight, *b = x;
+  // One step's share of the weight and of x.
+  const auto stage_weight = [&](uint4* to, int step) {
+    const T* from = weight + int64_t{step} * kBlockDepth;
+    const bool there = left > step * kBlockDepth, whole = block.features == D::kFeatures;
 #pragma unroll
-      for (int i = 0; i < 2 * kFeatureTiles; ++i, w += weight_tile) {
-        ptx::cp_async_16(to + i * D::kThreads, w, whole || g + 8 * i < block.features ? 16 : 0);
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n, b += x_tile) {
-        ptx::cp_async_16(to + (2 * kFeatureTiles + n) * D::kThreads, b, whole || g + 8 * n < block.rows ? 16 : 0);
-      }
-    };
-    if (left > 0 && block.features == D::kFeatures && block.rows == D::kRows) {
-      copy(true);
-    } else if (left > 0) {
-      copy(false);
-    } else {
-#pragma unroll
-      for (int i = 0; i < D::kPacks; ++i) to[i * D::kThreads] = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < 2 * kFeatureTiles; ++i, from += weight_tile) {
+      ptx::cp_async_16(to + i * D::kThreads, there ? from : weight,
+                       there && (whole || g + 8 * i < block.features) ? 16 : 0);
     }
-    weight += kBlockDepth;
-    x += kBlockDepth;
-    left -= kBlockDepth;
+  };
+  const auto stage_x = [&](uint4* to, int step) {
+    const T* from = x + int64_t{step} * kBlockDepth;
+    const bool there = left > step * kBlockDepth, whole = block.rows == D::kRows;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n, from += x_tile) {
+      ptx::cp_async_16(to + (2 * kFeatureTiles + n) * D::kThreads, there ? from : x,
+                       there && (whole || g + 8 * n < block.rows) ? 16 : 0);
+    }
   };
   // A thread stores one feature of several rows: its bias is under way meanwhile.
   const int f = thread % D::kFeatures;
   const T bias = block.bias<T>(p, f);
 
   float sums[kFeatureTiles][kTiles][4] = {};
+#pragma unroll
+  for (int step = 0; step < D::kStages; ++step) {
+    if (step < steps) stage_weight(mine + step * D::kPacks * D::kThreads, step);
+  }
+  ptx::wait_for_earlier_kernels();
+#pragma unroll
+  for (int step = 0; step < D::kStages; ++step) {
+    if (step < steps) stage_x(mine + step * D::kPacks * D::kThreads, step);
+    ptx::cp_async_commit();
+  }
   int slot = 0;
 #pragma unroll 1
-  for (int step = -D::kStages; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     uint4* packs = mine + slot * D::kPacks * D::kThreads;
-    if (step >= 0) {
-      ptx::cp_async_wait<D::kStages - 1>();
-      uint4 b[kTiles];
+    ptx::cp_async_wait<D::kStages - 1>();
+    uint4 b[kTiles];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) b[n] = ptx::load16(packs + (2 * kFeatureTiles + n) * D::kThreads);
+    for (int n = 0; n < kTiles; ++n) b[n] = ptx::load16(packs + (2 * kFeatureTiles + n) * D::kThreads);
 #pragma unroll
-      for (int j = 0; j < kFeatureTiles; ++j) {
-        const uint4 low = ptx::load16(packs + 2 * j * D::kThreads);
-        const uint4 high = ptx::load16(packs + (2 * j + 1) * D::kThreads);
+    for (int j = 0; j < kFeatureTiles; ++j) {
+      const uint4 low = ptx::load16(packs + 2 * j * D::kThreads);
+      const uint4 high = ptx::load16(packs + (2 * j + 1) * D::kThreads);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], {low.x, high.x, low.y, high.y}, {b[n].x, b[n].y});
+      for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], {low.x, high.x, low.y, high.y}, {b[n].x, b[n].y});
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], {low.z, high.z, low.w, high.w}, {b[n].z, b[n].w});
-      }
+      for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], {low.z, high.z, low.w, high.w}, {b[n].z, b[n].w});
     }
-    if (step + D::kStages < steps) stage(packs);
+    if (step + D::kStages < steps) {
+      stage_weight(packs, step + D::kStages);
+      stage_x(packs, step + D::kStages);
+    }
     ptx::cp_async_commit();
     slot = slot + 1 == D::kStages ? 0 : slot + 1;
   }
@@ -197,6 +204,8 @@ __global__ void __launch_bounds__(32 * kColumnWarps)
     skinny_columns_kernel(const __grid_constant__ SkinnyLinearParams p) {
   constexpr int kStride = kColumnFeatures + 2;
   VICO_SHARED(float, parts, [kColumnWarps][8 * kTiles][kStride]);
+  ptx::let_next_kernel_begin();
+  ptx::wait_for_earlier_kernels();
   const SkinnyBlock block(p, kColumnFeatures, 8 * kTiles);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
@@ -264,6 +273,7 @@ template <class T>
 __global__ void __launch_bounds__(32 * kPlainWarps)
     skinny_plain_dot_kernel(const __grid_constant__ SkinnyLinearParams p) {
   using A = accumulate_t<T>;
+  ptx::wait_for_earlier_kernels();
   const SkinnyBlock block(p, kPlainWarps * kPlainFeatures, kPlainRows);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int feature = static_cast<int>(threadIdx.x) / 32 * kPlainFeatures;
@@ -300,6 +310,7 @@ __global__ void __launch_bounds__(32 * kPlainColumnWarps)
     skinny_plain_columns_kernel(const __grid_constant__ SkinnyLinearParams p) {
   using A = accumulate_t<T>;
   VICO_SHARED(A, parts, [kPlainColumnWarps][kPlainRows][32]);
+  ptx::wait_for_earlier_kernels();
   const SkinnyBlock block(p, 32, kPlainRows);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const T* weight = block.weight<T>(p) + lane;
@@ -333,8 +344,8 @@ __global__ void __launch_bounds__(32 * kPlainColumnWarps)
 
 template <class T, int kTiles, int kFeatureTiles, class D = SkinnyDot<kTiles, kFeatureTiles>>
 void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
-  launch(skinny_dot_kernel<T, kTiles, kFeatureTiles, D>, dim3(skinny_blocks(p, D::kFeatures, D::kRows)),
-         dim3(D::kThreads), D::kSharedBytes, stream, p);
+  launch_early(p.chained, skinny_dot_kernel<T, kTiles, kFeatureTiles, D>,
+               dim3(skinny_blocks(p, D::kFeatures, D::kRows)), dim3(D::kThreads), D::kSharedBytes, stream, p);
 }
 
 // Every block reads its rows of x from L2: more features per block read them less often, fewer keep more
@@ -357,8 +368,8 @@ void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
 
 template <class T, int kTiles>
 void skinny_columns_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
-  launch(skinny_columns_kernel<T, kTiles>, dim3(skinny_blocks(p, kColumnFeatures, 8 * kTiles)), dim3(32 * kColumnWarps),
-         0, stream, p);
+  launch_early(p.chained, skinny_columns_kernel<T, kTiles>, dim3(skinny_blocks(p, kColumnFeatures, 8 * kTiles)),
+               dim3(32 * kColumnWarps), 0, stream, p);
 }
 template <class T>
 void skinny_columns_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
@@ -384,11 +395,11 @@ void skinny_linear_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
       if (is_wide(p)) return p.depth_stride == 1 ? skinny_dot_cuda<T>(p, stream) : skinny_columns_cuda<T>(p, stream);
     }
     if (p.depth_stride == 1) {
-      launch(skinny_plain_dot_kernel<T>, dim3(skinny_blocks(p, kPlainWarps * kPlainFeatures, kPlainRows)),
-             dim3(32 * kPlainWarps), 0, stream, p);
+      launch_early(p.chained, skinny_plain_dot_kernel<T>, dim3(skinny_blocks(p, kPlainWarps * kPlainFeatures, kPlainRows)),
+                   dim3(32 * kPlainWarps), 0, stream, p);
     } else {
-      launch(skinny_plain_columns_kernel<T>, dim3(skinny_blocks(p, 32, kPlainRows)), dim3(32 * kPlainColumnWarps), 0,
-             stream, p);
+      launch_early(p.chained, skinny_plain_columns_kernel<T>, dim3(skinny_blocks(p, 32, kPlainRows)),
+                   dim3(32 * kPlainColumnWarps), 0, stream, p);
     }
   });
 }

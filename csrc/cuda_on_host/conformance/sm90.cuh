@@ -253,10 +253,10 @@ inline void dump_overlap(Dump& dump, Random& random) {
   constexpr unsigned kBlocks = 256, kThreads = 128, kWords = kBlocks * kThreads;
   const auto in = dump.input("overlap/in", random.bits<uint32_t>(kWords), {kWords});
   const Array<uint32_t> once{std::vector<uint32_t>(kWords)}, twice{std::vector<uint32_t>(kWords)};
-  vico::launch_early(overlap_kernel, kBlocks, kThreads, 0, nullptr, in.data(), once.data());
+  vico::launch_early(true, overlap_kernel, kBlocks, kThreads, 0, nullptr, in.data(), once.data());
   for (int i = 0; i < 4; ++i) {  // in turn into the one and the other: each overwrites what the last but one read
-    vico::launch_early(overlap_kernel, kBlocks, kThreads, 0, nullptr, once.data(), twice.data());
-    vico::launch_early(overlap_kernel, kBlocks, kThreads, 0, nullptr, twice.data(), once.data());
+    vico::launch_early(true, overlap_kernel, kBlocks, kThreads, 0, nullptr, once.data(), twice.data());
+    vico::launch_early(true, overlap_kernel, kBlocks, kThreads, 0, nullptr, twice.data(), once.data());
   }
   dump.output("overlap/out", once, {kWords});
 }

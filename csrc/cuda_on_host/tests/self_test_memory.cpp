@@ -247,7 +247,7 @@ COH_CASE(unwritten_output) {
 COH_CASE(early_kernel_does_not_wait) {
   Buffer<float> out(kThreads);
   for (int i = 0; i < kThreads; ++i) out[static_cast<size_t>(i)] = static_cast<float>(i);
-  vico::launch_early(early_kernel, 1, kThreads, 0, nullptr, out.data(), planted ? kThreads - 1 : kThreads);
+  vico::launch_early(true, early_kernel, 1, kThreads, 0, nullptr, out.data(), planted ? kThreads - 1 : kThreads);
   expect_iota(out, 1.0f);
 }
 

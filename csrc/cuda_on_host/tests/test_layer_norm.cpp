@@ -46,6 +46,7 @@ void layer_norm() {
     p.eps = 1e-5;
     Buffer<T>& out = !d.in_place ? y : d.residual ? residual : x;
     p.y = out.data();
+    p.chained = true;  // every thread has to wait
     vico::layer_norm_cuda(p, nullptr);
     for (int64_t row = 0; row < d.rows; ++row) {
       const size_t first = static_cast<size_t>(row) * channels;

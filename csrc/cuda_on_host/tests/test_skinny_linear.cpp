@@ -80,6 +80,7 @@ struct Layer {
     p.depth_stride = d.columns ? pitch : 1;
     p.bias = d.bias ? bias.data() : nullptr;
     p.y = y.data();
+    p.chained = true;  // every thread has to wait
     coh::fill_normal(x, random);
     coh::fill_normal(bias, random);
     for (int64_t i = 0; i < d.groups * weight_rows; ++i) {  // the padding stays NaN
