@@ -1,6 +1,7 @@
 // What the functions of CUDA do that cuda_on_host has bodies for: shuffles, votes, atomics, arithmetic.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "cuda_on_host/conformance/dump.h"
 
 namespace conformance {
