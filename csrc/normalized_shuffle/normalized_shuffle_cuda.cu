@@ -17,7 +17,7 @@ namespace vico {
 
 // A thread's packs of a row at most, and threads at most.
 template <int kUnits>
-constexpr unsigned kResidentThreads = kUnits == 4 ? 512 : 1024;
+constexpr unsigned kResidentThreads = kUnits == 4 ? 512 : 896;
 constexpr unsigned kResidentThreadsPerMultiprocessor = 1024;
 
 // The elements of a row that warp `warp` holds.
