@@ -163,18 +163,17 @@ __global__ void __launch_bounds__(Sm80Projection::kThreads, kWide ? 2 : 1)
   using Staged = StagedSums<32>;
   static_assert(S::kThreads / 32 * Staged::kFloats * 4 <= S::kShared);
   float* stage = reinterpret_cast<float*>(shared) + warp * Staged::kFloats;
-  const ColumnTerms terms(g, column + lane % Staged::kRowLanes * 8);
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    const int row = tile.row + warp_row + 16 * i;
-    const OutputRow lane_row = output_row<true>(g, row + lane % 16);
     __syncwarp();  // the rows before are read
 #pragma unroll
     for (int held = 0; held < 4; ++held) {
       if (held == i) Staged::put(stage, [&](int j, int r) { return sums[held][j][r]; });
     }
     __syncwarp();
-    Staged::write<T>(g, row, column, stage, lane_row, terms);
+    const int row = tile.row + warp_row + 16 * i;
+    const OutputRow lane_row = output_row<true>(g, row + lane % 16);
+    Staged::write<T>(g, row, column, stage, lane_row);
   }
 }
 

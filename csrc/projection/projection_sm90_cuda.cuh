@@ -179,14 +179,13 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
       previous = ring.stage;
       ring.advance<S::kStages>();
     }
-    const int row = tile.row + box * S::kBoxRows + 16 * warp, lane_column = lane % Staged::kRowLanes * 8;
+    const int row = tile.row + box * S::kBoxRows + 16 * warp;
     const OutputRow lane_row = output_row<false>(g, row + lane % 16);
     ptx::wgmma_wait<0>();
     if (lane == 0) leave(previous);
 
 #pragma unroll 1
     for (int column = tile.column; column < tile.column + kN && column < g.columns; column += 64) {
-      const ColumnTerms terms(g, column + lane_column);
       __syncwarp();  // the part before is read
 #pragma unroll
       for (int held = 0; held < kN / 64; ++held) {
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
           Staged::put(staged, [&](int j, int r) { return sums[32 * held + 4 * j + r]; });
       }
       __syncwarp();
-      Staged::write<T>(g, row, column, staged, lane_row, terms);
+      Staged::write<T>(g, row, column, staged, lane_row);
     }
   }
   ptx::cluster_sync();  // until then the other block may arrive at this one's barriers
