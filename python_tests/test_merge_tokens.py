@@ -185,7 +185,8 @@ def test_compile_checkpoint_and_autocast():
         return VF.gather_tokens(VF.scatter_tokens(embeds * 2, index, tokens), rows)
 
     want = torch.autograd.grad(work(embeds, tokens).sum(), (embeds, tokens))
-    compiled = torch.compile(work, fullgraph=True, dynamic=True)
+    # Inductor took 50 s here on a busy GPU machine; test_tokens.py compiles the whole merge with it.
+    compiled = torch.compile(work, fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(compiled(embeds, tokens), work(embeds, tokens))
     for run in (compiled, lambda *a: checkpoint(work, *a, use_reentrant=False)):
         got = torch.autograd.grad(run(embeds, tokens).sum(), (embeds, tokens))
