@@ -21,10 +21,12 @@ TOKENS = (GRID * GRID // 4, GRID * GRID // 16)  # of a whole tile, and of a comp
 class VisualSide:
     """Router, plan, connector and merge at a small size; ``tokens`` and ``embeds`` are static inputs."""
 
-    def __init__(self, policy: vico_ext.RoutingPolicy, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, policy: vico_ext.RoutingPolicy, dtype: torch.dtype = torch.bfloat16, projection: str = "torch"
+    ) -> None:
         torch.manual_seed(0)
         self.policy = policy
-        self.connector = vico_ext.FusedConnector(64, 96, dtype=dtype).eval()
+        self.connector = vico_ext.FusedConnector(64, 96, dtype=dtype, projection=projection).eval()
         self.router = vico_ext.VisualResolutionRouter(64, dtype=dtype).eval()
         self.tokens = torch.randn(TILES, 1 + GRID * GRID, 64, dtype=dtype)
         ids = [torch.arange(10, 15), torch.full((TILES * TOKENS[0],), PLACEHOLDER), torch.arange(20, 25)]
@@ -71,6 +73,33 @@ def _run(name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 def test_two_runs_are_bit_equal(name):
     _, inputs = _ops()[name]
     for one, two in zip(_run(name, inputs), _run(name, inputs), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("projection", ["torch", "fused"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_two_runs_of_the_visual_side_are_bit_equal(projection, grad):
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5), projection=projection)
+
+    def run() -> list[torch.Tensor]:
+        with torch.set_grad_enabled(grad):
+            out = side()
+            params = list(side.connector.parameters())
+            return [out, *torch.autograd.grad(out.float().square().sum(), params)] if grad else [out]
+
+    for one, two in zip(run(), run(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_two_consistency_losses_are_bit_equal():
+    hidden, ref = (torch.randn(50, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    weight = torch.randn(3000, 64, dtype=torch.bfloat16, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        loss = VF.consistency_loss(hidden, weight, ref.detach(), weight.detach(), divergence="jsd").loss
+        return [loss, *torch.autograd.grad(loss, [hidden, weight])]
+
+    for one, two in zip(run(), run(), strict=True):
         assert torch.equal(one, two)
 
 

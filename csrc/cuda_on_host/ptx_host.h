@@ -25,9 +25,6 @@ void load_matrix(uint32_t* r, int matrices, bool transposed, const void* row);
 void store_matrix(const uint32_t* r, int matrices, bool transposed, void* row);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Element element);
 
-// ---- approximations
-inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-
 // ---- mbarrier
 void mbarrier_init(void* barrier, int count);
 void mbarrier_invalidate(void* barrier);
