@@ -91,6 +91,12 @@ def test_two_runs_of_the_visual_side_are_bit_equal(projection, grad):
         assert torch.equal(one, two)
 
 
+def test_two_runs_of_the_router_are_bit_equal():
+    router, tokens = vico_ext.VisualResolutionRouter(64, dtype=torch.bfloat16).eval(), torch.randn(5, 65, 64).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(router(tokens), router(tokens))
+
+
 def test_two_consistency_losses_are_bit_equal():
     hidden, ref = (torch.randn(50, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     weight = torch.randn(3000, 64, dtype=torch.bfloat16, requires_grad=True)
