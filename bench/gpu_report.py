@@ -14,14 +14,16 @@ HEADER = (
 TARGETS = {
     ("visual_side", "8B"): "≥ 4× released, ≥ 2× compiled, ≤ 1.25× the bare GEMMs",
     ("visual_side", "1B"): "≥ 6× released, ≥ 3× compiled",
-    ("visual_side_graph", "1B"): "≥ 3× released",
-    ("visual_side_graph", "8B"): "≥ 3× released",
+    ("visual_side_graph", "1B"): "one tile ≥ 3× released",
+    ("visual_side_graph", "8B"): "one tile ≥ 3× released",
     ("connectors_training", "8B"): "≥ 2× released, peak memory ≤ 0.6×",
     ("normalized_shuffle_2x2", "8B"): "≥ 85% of copy bandwidth",
     ("normalized_shuffle_4x4", "8B"): "≥ 85% of copy bandwidth",
     ("normalized_shuffle_2x2", "38B"): "≥ 85% of copy bandwidth",
-    ("router", "1B"): "≥ 20× released",
-    ("router", "38B"): "≥ 20× released",
+    ("router_graph", "1B"): "≥ 20× released",
+    ("router_graph", "38B"): "≥ 20× released",
+    ("projection", "8B"): "≥ 0.95× cuBLAS on the GEMMs, faster than cuBLAS + own epilogue",
+    ("projection", "38B"): "≥ 0.95× cuBLAS on the GEMMs, faster than cuBLAS + own epilogue",
     ("first_token", "8B"): "≥ 1.8× the all-256 model, visual side ≤ 2% of the prefill",
 }
 
@@ -40,10 +42,14 @@ def _ratio(times: dict[str, dict[str, float]], name: str) -> str:
 def _note(entry: dict[str, Any], gemms: dict[tuple[str, int], float]) -> str:
     times, notes = entry["times"], []
     ours = times["vico_ext"]["p50"]
-    if entry["case"] == "visual_side" and (entry["size"], entry["tiles"]) in gemms:
+    if entry["case"] in ("visual_side", "visual_side_graph") and (entry["size"], entry["tiles"]) in gemms:
         notes.append(f"{ours / gemms[entry['size'], entry['tiles']]:.2f}× the bare GEMMs")
     if "of_copy_bandwidth" in entry:
-        notes.append(f"{100 * entry['of_copy_bandwidth']:.0f}% of copy bandwidth")
+        notes.append(f"{100 * entry['of_copy_bandwidth']:.0f}% of the bandwidth of a copy of as many bytes")
+    if "gemms" in times:
+        notes.append(f"{times['gemms']['p50'] / ours:.2f}× as fast as the bare GEMMs by cuBLAS")
+    if "eager" in times:
+        notes.append(f"without a graph {times['eager']['p50'] * 1e6:.0f}")
     if entry.get("peak_bytes"):
         peak = entry["peak_bytes"]
         notes.append(f"peak memory {peak['vico_ext'] / 2**20:.0f} MiB, {peak['vico_ext'] / peak['released']:.2f}×")
@@ -75,7 +81,9 @@ def gpu_table(record: dict[str, Any] | None) -> str:
     skipped = "".join(f"\n\nNot measured: `{case}`: {why}." for case, why in record["skipped"].items())
     smoke = "A smoke run at tiny sizes, no measurement. " if record["smoke"] else ""
     certificate = (
-        f"{smoke}Microseconds, median (p20–p80), contenders interleaved, cold L2; × is their median over ours. "
+        f"{smoke}Microseconds, median (p20–p80), contenders interleaved, cold L2; × is their median over ours. Single ops "
+        "are timed by the device alone; wholes with the host's time where the device waits for it; `_graph` is our side "
+        "as a CUDA graph. "
         f"{facts['device']}, CUDA {facts.get('cuda', '–')}, driver and clocks {facts.get('driver_and_clocks', '–')}, "
         f"torch {facts['torch']}, {facts['dtype']}, kernels for {facts['kernels'] or 'the CPU'}; in the same run a "
         f"copy moved {ceiling['copy_bytes_per_second'] / 1e12:.2f} TB/s and a product ran at "

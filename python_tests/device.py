@@ -27,6 +27,7 @@ CPU_FILES = {
     "test_readme.py": "the README's examples as they stand",
     "test_reproduce.py": "files and pictures",
     "test_reproduce_report.py": "files and pictures",
+    "test_internvl_processor.py": "transformers' processor, which works on the CPU",
     "test_tiling.py": "pictures",
     "test_vision_tower.py": "files and pictures",
     "test_visualize.py": "pictures",

@@ -290,7 +290,7 @@ def test_opcheck(dtype):
         ({"policy": EveryOther(torch.zeros(2))}, ValueError, r"EveryOther.compress must return a bool .* \[3\], got"),
         ({"policy": EveryOther([True])}, ValueError, r"EveryOther.compress must return a bool .* got \[True\]"),
         ({"tiles_per_image": [2, 2]}, ValueError, r"add up to the 3 tiles of p, got \[2, 2\] = 4"),
-        ({"tiles_per_image": torch.tensor([4, -1])}, ValueError, r"must not be negative, got \[4, -1\]"),
+        ({"tiles_per_image": torch.tensor([4, -1], device="cpu")}, ValueError, r"must not be negative, got \[4, -1\]"),
         ({"tiles_per_image": torch.tensor([3.0])}, ValueError, "int tensor .images., got torch.float32"),
         ({"tokens": (64, 256)}, ValueError, r"full > compressed > 0, got \(64, 256\)"),
         ({"tokens": (256, 0)}, ValueError, r"full > compressed > 0, got \(256, 0\)"),

@@ -16,8 +16,10 @@
 
 #include <cassert>
 #include <cstdio>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #define VICO_DEVICE __device__ __forceinline__
 #define VICO_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
@@ -45,10 +47,33 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "the current device");
+  return device;
+}
+
+// Asked for once per kernel, device and thread: the call costs as much as half a launch.
 inline void allow_shared_memory(const void* kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return;  // what every device gives without being asked
+  thread_local std::map<std::pair<const void*, int>, size_t> allowed;
+  size_t& most = allowed[{kernel, current_device()}];
+  if (bytes <= most) return;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
              "dynamic shared memory of a kernel");
+  most = bytes;
+}
+
+// Whether kernels of the current device may begin before the ones before them have ended.
+inline bool can_overlap() {
+  thread_local std::map<int, bool> known;
+  const auto [at, is_new] = known.try_emplace(current_device(), false);
+  if (is_new) {
+    int major = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, at->first), "compute capability");
+    at->second = major >= 9;
+  }
+  return at->second;
 }
 
 struct LaunchOptions {
@@ -100,10 +125,7 @@ void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim
 template <class... Params, class... Args>
 void launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                   cudaStream_t stream, const Args&... args) {
-  int device = 0, major = 0;
-  check_cuda(cudaGetDevice(&device), "the current device");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-  launch_with({1, early && major >= 9}, kernel, grid, block, shared_bytes, stream, args...);
+  launch_with({1, early && can_overlap()}, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 }  // namespace vico

@@ -5,13 +5,9 @@
 
 namespace vico {
 
-inline int current_device() {
-  int device = 0;
-#ifdef __CUDACC__
-  check_cuda(cudaGetDevice(&device), "current device");
+#ifndef __CUDACC__
+inline int current_device() { return 0; }
 #endif
-  return device;
-}
 
 inline int multiprocessor_count(int device) {
 #ifdef __CUDACC__
