@@ -81,9 +81,9 @@ def gpu_table(record: dict[str, Any] | None) -> str:
     skipped = "".join(f"\n\nNot measured: `{case}`: {why}." for case, why in record["skipped"].items())
     smoke = "A smoke run at tiny sizes, no measurement. " if record["smoke"] else ""
     certificate = (
-        f"{smoke}Microseconds, median (p20–p80), contenders interleaved, cold L2; × is their median over ours. Single ops "
-        "are timed by the device alone; wholes with the host's time where the device waits for it; `_graph` is our side "
-        "as a CUDA graph. "
+        f"{smoke}Microseconds, median (p20–p80), contenders interleaved, cold L2; × is their median over ours. Single "
+        "ops are timed by the device alone; wholes with the host's time where the device waits for it; `_graph` is our "
+        "side as a CUDA graph. "
         f"{facts['device']}, CUDA {facts.get('cuda', '–')}, driver and clocks {facts.get('driver_and_clocks', '–')}, "
         f"torch {facts['torch']}, {facts['dtype']}, kernels for {facts['kernels'] or 'the CPU'}; in the same run a "
         f"copy moved {ceiling['copy_bytes_per_second'] / 1e12:.2f} TB/s and a product ran at "

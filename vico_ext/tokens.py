@@ -101,8 +101,10 @@ def _check_arguments(
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
 
 
-def _take(values: Tensor, position: Tensor, fill: int) -> Tensor:
-    """values.flatten()[position], `fill` where position is -1."""
+def _take(values: Tensor, position: Tensor, fill: int, *, padded: bool = True) -> Tensor:
+    """values.flatten()[position], `fill` where position is -1; not `padded`: it is nowhere."""
+    if not padded:
+        return values.reshape(-1)[position]
     return values.reshape(-1)[position.clamp_min(0)].masked_fill(position < 0, fill)
 
 
@@ -174,9 +176,10 @@ def compress_sequence(
         compressed_tokens=compressed,
     )
     rows, before = input_ids.shape
+    padded = True
     if length is None:
         if rows == 1 and attention_mask is None:
-            length = before - plan.compressed_tiles * (full - compressed)
+            length, padded = before - plan.compressed_tiles * (full - compressed), False
         else:
             length = size_on_host(counts.max()) if rows else 0
     position, source = functional.compress_positions(
@@ -184,13 +187,17 @@ def compress_sequence(
     )
     if position_ids is not None:
         position_ids = functional.renumber_positions(position_ids.expand(rows, before), position)
+    if attention_mask is not None:
+        attention_mask = _take(attention_mask, position, 0)
+    else:
+        attention_mask = (position >= 0).long() if padded else torch.ones_like(position)
     sequence = CompressedSequence(
-        input_ids=_take(input_ids, position, pad_token_id),
-        attention_mask=(position >= 0).long() if attention_mask is None else _take(attention_mask, position, 0),
+        input_ids=_take(input_ids, position, pad_token_id, padded=padded),
+        attention_mask=attention_mask,
         position=position,
         source=source,
         keep_mask=keep,
-        labels=None if labels is None else _take(labels, position, label_pad),
+        labels=None if labels is None else _take(labels, position, label_pad, padded=padded),
         position_ids=position_ids,
     )
     return _first_row(sequence) if one_row else sequence

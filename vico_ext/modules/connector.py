@@ -136,7 +136,7 @@ class FusedConnector(nn.Module):
             if not _is_plain(sequential, nn.Sequential) or len(sequential) != len(kinds):
                 return False
             layer: Any
-            for layer, kind in zip(sequential, kinds, strict=True):
+            for layer, kind in zip(list(sequential), kinds, strict=True):
                 if not _is_plain(layer, kind):
                     return False
                 if kind in (nn.LayerNorm, nn.Linear) and (layer.weight is None or layer.bias is None):
@@ -154,8 +154,9 @@ class FusedConnector(nn.Module):
         # By attribute, not named_parameters: sharding may have replaced parameters by plain tensors, or two be one.
         weights: dict[str, Tensor] = {}
         for name, sequential, indices in (("mlp1", self.mlp1, (0, 1, 3)), ("mlp2", self.mlp2, (0, 1, 4, 7))):
+            layers: list[Any] = list(sequential)  # indexing a Sequential searches it
             for i in indices:
-                layer: Any = sequential[i]
+                layer = layers[i]
                 weights[f"{name}.{i}.weight"], weights[f"{name}.{i}.bias"] = layer.weight, layer.bias
         return weights
 

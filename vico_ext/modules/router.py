@@ -159,4 +159,5 @@ def _attention(attn: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _block(block: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *_affine(block[0]), *_affine(block[3]), *_affine(block[5])
+    first, _, _, second, _, norm = block  # indexing a Sequential searches it
+    return *_affine(first), *_affine(second), *_affine(norm)
