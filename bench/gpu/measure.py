@@ -91,6 +91,7 @@ CASES = [
     op(Case("skinny_linear", V1024, 32, whole.skinny_linear, rounds=31), weight_read),
     op(Case("projection", B8, 32, whole.projection, rounds=21)),
     op(Case("projection", V3200, 32, whole.projection, rounds=21)),
+    op(Case("connectors", B8, 32, whole.connectors, rounds=15)),
     Measured(Case("consistency_loss_training", B8, 16, cases.consistency_loss, rounds=5, memory=True)),
     Measured(Case("merge", B8, 32, cases.merge, rounds=21)),
     Measured(Case("plan", B8, 32, cases.plan, rounds=31)),

@@ -15,6 +15,7 @@ from torch import Tensor
 import vico_ext
 
 __all__ = [
+    "connectors",
     "connectors_training",
     "first_token",
     "gemms",
@@ -64,6 +65,20 @@ def projection(size: Size, tiles: int) -> Contenders:
             "vico_ext": lambda: torch.ops.vico.projection(*a, *b, True),
         }
     )
+
+
+def connectors(size: Size, tiles: int) -> Contenders:
+    """Both connectors, half of the tiles compressed: by cuBLAS and own epilogues, and by own GEMMs."""
+    model, x, plan = Model(size), inputs(size, tiles), half_plan(tiles)
+
+    def run(projection: str) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            model.connector.projection = projection
+            return model.connector(x.tokens, plan)
+
+        return call
+
+    return no_grad({"routed": run("torch"), "vico_ext": run("fused")})
 
 
 def skinny_linear(size: Size, tiles: int) -> Contenders:
