@@ -304,12 +304,6 @@ def test_tma(dump: dict[str, Case], rank: int) -> None:
         np.testing.assert_array_equal(case["stored"], stored, err_msg=name)
 
 
-def test_cluster(dump: dict[str, Case]) -> None:
-    case = dump["cluster"]
-    expected = [np.append(case["in"], rank) for rank in (0, 1, 0, 1)]
-    np.testing.assert_array_equal(case["out"], np.stack(expected).astype(np.uint32))
-
-
 def operand(memory: np.ndarray, rows: int, mn_major: bool, swizzle: int) -> np.ndarray:
     """[rows, 16] out of shared memory (16-bit elements): the canonical layouts of the PTX ISA for wgmma."""
     if swizzle == 0:  # 8 x 8 core matrices, two along K side by side

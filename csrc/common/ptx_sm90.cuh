@@ -240,52 +240,6 @@ VICO_DEVICE void stmatrix_transposed(const uint32_t (&r)[kCount], void* row) {
 #endif
 }
 
-// ---- clusters: blocks that run together and reach each other's shared memory, by their ranks in the cluster
-
-VICO_DEVICE int cluster_rank() {
-#ifdef __CUDACC__
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return coh::cluster_rank();
-#endif
-}
-// Of all threads of the cluster that have not returned, whole warps of them.
-VICO_DEVICE void cluster_sync() {
-#ifdef __CUDACC__
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  coh::cluster_sync();
-#endif
-}
-// At the barrier that block `rank` has in the place of `b`.
-VICO_DEVICE void mbarrier_arrive_at(uint64_t* b, int rank) {
-#ifdef __CUDACC__
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
-      "r"(rank)
-      : "memory");
-#else
-  coh::mbarrier_arrive_at(b, rank);
-#endif
-}
-// tma_load to the same place in each block whose bit in `blocks` is set; the bytes count on the barrier that each has
-// in the place of `b`.
-VICO_DEVICE void tma_load_multicast(void* to, const CUtensorMap* map, const int (&at)[2], uint64_t* b,
-                                    uint32_t blocks) {
-#ifdef __CUDACC__
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(b)), "r"(at[0]), "r"(at[1]), "h"(static_cast<uint16_t>(blocks))
-      : "memory");
-#else
-  coh::tensor_load_multicast(to, map, at, 2, b, blocks);
-#endif
-}
-
 // ---- registers of a warp group: producers give theirs up, consumers take them
 
 template <int kCount>

@@ -114,10 +114,6 @@ void mbarrier_arrive(void* barrier, int transaction_bytes, bool counts) {
   end_phase_if_complete(barrier, b);
 }
 
-void mbarrier_arrive_at(void* barrier, int rank) {
-  mbarrier_arrive(shared_range(peer_address(barrier, rank), 8, "mbarrier.arrive"), 0, true);
-}
-
 bool mbarrier_test(void* barrier, uint32_t parity) {
   Mbarrier& b = find_mbarrier(barrier, "mbarrier.test_wait");
   note_mbarrier_use(barrier);
@@ -207,7 +203,6 @@ void run_bulk_copy(size_t i) {
   c.done = true;
   --machine.bulk_pending;
   if (c.store) return copy_box(c, c.thread);
-  if (!machine.live_of[c.copy.shared >> kRankShift]) fail("TMA load into the shared memory of a block that has ended");
   const int threads = static_cast<int>(machine.fibers.size());
   const int object = race ? race->object(c.copy.barrier) : 0;
   copy_box(c, threads + object);
@@ -244,13 +239,6 @@ void issue(TensorCopy copy, const void* map, const int* at, int rank, bool store
 
 void tensor_load(void* to, const void* map, const int* at, int rank, void* barrier) {
   issue({nullptr, {}, shared_address(to), barrier}, map, at, rank, false);
-}
-void tensor_load_multicast(void* to, const void* map, const int* at, int rank, void* barrier, uint32_t blocks) {
-  for (int block = 0; block < 16; ++block) {
-    if (!(blocks >> block & 1)) continue;
-    void* landed = shared_range(peer_address(barrier, block), 8, "TMA load");
-    issue({nullptr, {}, peer_address(to, block), landed}, map, at, rank, false);
-  }
 }
 void tensor_store(const void* map, const void* from, const int* at, int rank) {
   issue({nullptr, {}, shared_address(from), nullptr}, map, at, rank, true);

@@ -1,9 +1,7 @@
 // Inside the runtime: the one multiprocessor that is emulated, and what its parts call of each other.
 //
-// Every CUDA thread of the running block is a fiber; blocks run one after another. The blocks of a cluster run
-// together: their threads and warps are numbered in one sequence, block after block, and only what a block has for
-// itself (shared memory, barriers) is told apart by its rank. Without clusters every rank is 0. A fiber gives up the
-// processor only at calls of the runtime, and there the scheduler may pick any that is ready.
+// Every CUDA thread of the running block is a fiber; blocks run one after another. A fiber gives up the processor only
+// at calls of the runtime, and there the scheduler may pick any that is ready.
 #pragma once
 
 #include <deque>
@@ -28,10 +26,8 @@ struct ThreadCopy {
   bool done;
 };
 
-constexpr int kMaxCluster = 8;
-
 struct Fiber : Thread {
-  int id, lane, warp, rank;
+  int id, lane, warp;
   bool done = false;
   void* stack_pointer = nullptr;
   char* stack = nullptr;
@@ -113,16 +109,15 @@ struct Machine {
   std::vector<uint32_t> priority;  // of each warp
   std::deque<Fiber*> ready;        // in order of arrival; kPct uses the warps' own lists instead
   uint32_t ready_warps;
-  int live, live_of[kMaxCluster];  // in the cluster, in each block
+  int live;
   bool failing;
   std::string error;
-  Barrier barriers[kMaxCluster][16], cluster_barrier;
+  Barrier barriers[16];
   std::unordered_map<const void*, Mbarrier> mbarriers;
   std::vector<MbarrierWaiter> mbarrier_waiters;
   std::vector<BulkCopy> bulk_copies;
   size_t bulk_pending;
-  int cluster = 1;                  // blocks that run together
-  char* dynamic[kMaxCluster] = {};  // of each block
+  char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
   std::vector<char*> stacks;
 };
@@ -130,7 +125,6 @@ extern Machine machine;
 
 inline Fiber* running() { return static_cast<Fiber*>(current); }
 inline int running_id() { return current ? running()->id : -1; }
-inline int running_rank() { return current ? running()->rank : 0; }
 
 // fiber.cpp
 constexpr size_t kStackBytes =
@@ -160,9 +154,7 @@ void reset_barriers();
 // shared_memory.cpp
 constexpr size_t kMaxShared = 227 * 1024;
 void reset_static_shared();
-constexpr int kRankShift = 24;                                         // the block's rank in an address
 void* shared_range(uint32_t address, size_t bytes, const char* what);  // fails outside
-uint32_t peer_address(const void* p, int rank);  // of what another block of the cluster has in the place of `p`
 
 // bulk_copy.cpp
 bool step_bulk_copy();  // one random copy under way takes effect; false: there is none

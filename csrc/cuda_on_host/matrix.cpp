@@ -148,8 +148,7 @@ uint32_t element_address(uint64_t d, uint32_t row, uint32_t k, bool mn_major) {
 }
 
 float read_operand(uint64_t d, int row, int k, bool mn_major, Element element, int thread) {
-  const uint32_t address = element_address(d, static_cast<uint32_t>(row), static_cast<uint32_t>(k), mn_major) |
-                           static_cast<uint32_t>(machine.fibers[thread].rank) << kRankShift;
+  const uint32_t address = element_address(d, static_cast<uint32_t>(row), static_cast<uint32_t>(k), mn_major);
   void* p = shared_range(address, 2, "wgmma operand");
   if (race) race->access(p, 2, false, true, nullptr, thread);
   uint16_t bits;

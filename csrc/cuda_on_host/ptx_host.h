@@ -29,15 +29,10 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Element elemen
 void mbarrier_init(void* barrier, int count);
 void mbarrier_invalidate(void* barrier);
 void mbarrier_arrive(void* barrier, int transaction_bytes, bool counts);
-void mbarrier_arrive_at(void* barrier, int rank);
 bool mbarrier_test(void* barrier, uint32_t parity);
 void mbarrier_wait(void* barrier, uint32_t parity);
 void fence_mbarrier_init();
 void fence_proxy_async();
-
-// ---- clusters
-int cluster_rank();
-void cluster_sync();
 
 // ---- TMA
 struct TensorMap {
@@ -57,7 +52,6 @@ struct TensorCopy {
 void encode_tensor_map(void* map, int element_bytes, int rank, void* base, const uint64_t* size, const uint64_t* stride,
                        const uint32_t* box, int swizzle);
 void tensor_load(void* to, const void* map, const int* at, int rank, void* barrier);
-void tensor_load_multicast(void* to, const void* map, const int* at, int rank, void* barrier, uint32_t blocks);
 void tensor_store(const void* map, const void* from, const int* at, int rank);
 void bulk_commit();
 void bulk_wait(int keep);

@@ -39,7 +39,7 @@ extern dim3 grid_dim, block_dim;
 // `kernel` is only noted: a test program tells which ones it has run. `early`: the kernel might overlap the one before
 // it; here it does not, but every thread of it has to call wait_for_earlier_kernels.
 void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes,
-            unsigned cluster, bool early);
+            bool early);
 void wait_for_earlier_kernels();
 void* dynamic_shared();
 // The block's variable of this key: each has an allocation of its own, so that ASan sees its ends.
@@ -80,8 +80,7 @@ namespace vico {
 
 // Every thread gets its own copy of the arguments, as on the device.
 template <class... Params, class... Args>
-void launch_with(unsigned cluster, bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-                 const Args&... args) {
+void launch_as(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Args&... args) {
   struct Call {
     void (*kernel)(Params...);
     std::tuple<Params...> params;
@@ -92,21 +91,16 @@ void launch_with(unsigned cluster, bool early, void (*kernel)(Params...), dim3 g
         const Call& c = *static_cast<Call*>(p);
         std::apply([&](const auto&... x) { c.kernel(x...); }, c.params);
       },
-      &call, grid, block, shared_bytes, cluster, early);
+      &call, grid, block, shared_bytes, early);
 }
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Args&... args) {
-  launch_with(1, false, kernel, grid, block, shared_bytes, args...);
-}
-template <class... Params, class... Args>
-void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
-                     cudaStream_t, const Args&... args) {
-  launch_with(cluster, false, kernel, grid, block, shared_bytes, args...);
+  launch_as(false, kernel, grid, block, shared_bytes, args...);
 }
 template <class... Params, class... Args>
 void launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                   const Args&... args) {
-  launch_with(1, early, kernel, grid, block, shared_bytes, args...);
+  launch_as(early, kernel, grid, block, shared_bytes, args...);
 }
 
 }  // namespace vico

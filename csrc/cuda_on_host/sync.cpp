@@ -69,12 +69,12 @@ void arrive_at_barrier(int id, int threads, bool arrive_only, Vote vote, int pre
     fail("barrier %d for %d threads: ids are 0 to 15, counts multiples of 32", id, threads);
   }
   Fiber* f = running();
-  Barrier& b = machine.barriers[f->rank][id];
+  Barrier& b = machine.barriers[id];
   if (b.arrived && (b.whole_block != whole || b.vote != vote || (!whole && b.expected != threads))) {
     fail("barrier %d: threads arrive for different counts or kinds (%d, earlier %d)", id, threads, b.expected);
   }
   b.whole_block = whole;
-  b.expected = whole ? machine.live_of[f->rank] : threads;
+  b.expected = whole ? machine.live : threads;
   b.vote = vote;
   b.votes += predicate != 0;
   ++b.arrived;
@@ -145,39 +145,17 @@ void finish_thread(Fiber* f) {
     run_rendezvous(r);
     release_lanes(f->warp, arrived, -1);
   }
-  for (Barrier& b : machine.barriers[f->rank]) {
-    if (b.arrived && b.whole_block && b.arrived == machine.live_of[f->rank]) open_barrier(b);
+  for (Barrier& b : machine.barriers) {
+    if (b.arrived && b.whole_block && b.arrived == machine.live) open_barrier(b);
   }
-  Barrier& b = machine.cluster_barrier;
-  if (b.arrived && b.arrived == machine.live) open_barrier(b);
 }
 
 void reset_barriers() {
-  for (auto& of_block : machine.barriers) {
-    for (Barrier& b : of_block) b = Barrier{};
-  }
-  machine.cluster_barrier = Barrier{};
+  for (Barrier& b : machine.barriers) b = Barrier{};
 }
 
 void barrier_sync(int id, int threads, bool arrive_only) {
   arrive_at_barrier(id, threads, arrive_only, Vote::kNone, 0, nullptr);
-}
-
-int cluster_rank() { return running()->rank; }
-
-void cluster_sync() {
-  Fiber* f = running();
-  Barrier& b = machine.cluster_barrier;
-  ++b.arrived;
-  b.members.push_back(f->id);
-  b.receivers.push_back(f->id);
-  if (b.arrived == machine.live) {
-    open_barrier(b);
-    maybe_yield();
-  } else {
-    b.waiting.push_back(f);
-    block_on("barrier of the cluster", 0);
-  }
 }
 
 int barrier_vote(int predicate, Vote vote) {

@@ -104,7 +104,6 @@ const Section kSections[] = {
        conformance::dump_stmatrix<4, true>(dump, random);
      }},
     {"registers", conformance::dump_registers},
-    {"cluster", conformance::dump_cluster},
     {"overlap", conformance::dump_overlap},
     {"wgmma kk", conformance::dump_wgmma_swizzles<false, false, false>},
     {"wgmma kn", conformance::dump_wgmma_swizzles<false, false, true>},

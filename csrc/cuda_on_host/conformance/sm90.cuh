@@ -146,50 +146,6 @@ void dump_tma(Dump& dump, Random& random, vico::MapElement element, ptx::Swizzle
   dump.output(name + "/stored", tensor, {tensor_size});
 }
 
-// ---- clusters: each of two blocks loads half of a tensor for both, and takes part in both blocks' second barrier
-
-constexpr int kClusterRows = 16;
-
-__global__ void cluster_kernel(const __grid_constant__ CUtensorMap map, uint32_t* out) {
-  VICO_DYNAMIC_SHARED(uint32_t, box);
-  VICO_SHARED(uint64_t, barrier, [2]);
-  const int rank = ptx::cluster_rank();
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_init(&barrier[0], 1);
-    ptx::mbarrier_init(&barrier[1], 2);
-    ptx::fence_mbarrier_init();
-  }
-  ptx::cluster_sync();
-  if (threadIdx.x == 0) {
-    const int at[2] = {0, rank * kClusterRows / 2};
-    ptx::mbarrier_arrive_expect(&barrier[0], kClusterRows * 16);
-    ptx::tma_load_multicast(box + rank * kClusterRows * 2, &map, at, &barrier[0], 3);
-  }
-  if (threadIdx.x < 2) ptx::mbarrier_arrive_at(&barrier[1], static_cast<int>(threadIdx.x));
-  ptx::mbarrier_wait(&barrier[0], 0);
-  ptx::mbarrier_wait(&barrier[1], 0);
-  uint32_t* to = out + blockIdx.x * (kClusterRows * 4 + 1);
-  to[threadIdx.x] = box[threadIdx.x];
-  if (threadIdx.x == 0) to[kClusterRows * 4] = static_cast<uint32_t>(rank);
-  ptx::cluster_sync();
-}
-
-inline void dump_cluster(Dump& dump, Random& random) {
-  constexpr size_t kWords = kClusterRows * 4, kBlocks = 4;
-  const auto in = dump.input("cluster/in", random.bits<uint32_t>(kWords), {kWords});
-  vico::TensorMapShape s;
-  s.rank = 2;
-  s.base = in.data();
-  s.size[0] = s.box[0] = 8;
-  s.size[1] = kClusterRows;
-  s.box[1] = kClusterRows / 2;
-  s.stride[0] = 16;
-  const Array<uint32_t> out{std::vector<uint32_t>(kBlocks * (kWords + 1))};
-  vico::launch_clusters(cluster_kernel, 2, kBlocks, kWords, kWords * 4, nullptr, vico::encode_tensor_map(s),
-                        out.data());
-  dump.output("cluster/out", out, {kBlocks, kWords + 1});
-}
-
 // ---- stmatrix
 
 template <int kCount, bool kTransposed>
