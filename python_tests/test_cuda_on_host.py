@@ -35,7 +35,7 @@ MEMORY_BUGS = {
     "misaligned_static_shared": dict.fromkeys(MODES, "is not aligned to 16 bytes"),
     "divergent_shuffle": dict.fromkeys(MODES, "divergent warp"),
     "divergent_ldmatrix": dict.fromkeys(MODES, "divergent warp"),
-    "deadlock": dict.fromkeys(MODES, "threads 0-63 wait at barrier 1"),
+    "deadlock": dict.fromkeys(MODES, "threads 0-63 wait at mbarrier parity 0"),
     "unwritten_output": dict.fromkeys(MODES, r"element 127 is -?nan"),
     "early_kernel_does_not_wait": dict.fromkeys(MODES, "1 of 128 threads of a kernel that was launched early"),
     "unset_shared": dict.fromkeys(MODES, r"element 0 is -?nan"),
@@ -60,7 +60,6 @@ ASYNC_BUGS = {
     "missing_wgmma_wait": {"plain": "element", "asan": "element", "race": RACE},
     "missing_wgmma_fence": dict.fromkeys(MODES, "no wgmma.fence"),
     "missing_mbarrier_fence": dict.fromkeys(MODES, "made the mbarrier visible"),
-    "missing_store_wait": dict.fromkeys(MODES, "without having waited for its TMA stores"),
 }
 BUGS = dict(zip(SELF_TESTS, (MEMORY_BUGS, ASYNC_BUGS), strict=True))
 

@@ -36,8 +36,6 @@ struct Fiber : Thread {
   long waits_on = 0;
   std::vector<std::vector<ThreadCopy>> copy_groups;
   std::vector<ThreadCopy> open_copies;
-  std::vector<std::vector<int>> store_groups;  // indices of bulk copies
-  std::vector<int> open_stores;
 };
 
 // Lanes of a warp on their way into one warp_op.
@@ -65,12 +63,11 @@ struct Warp {
 };
 
 struct Barrier {
-  int expected = 0, arrived = 0;
-  bool whole_block = false;
+  int arrived = 0;
   Vote vote = Vote::kNone;
   int votes = 0;
   std::vector<Fiber*> waiting;
-  std::vector<int> members, receivers;  // thread ids: all that arrived, those of them that wait
+  std::vector<int> members;  // thread ids
   std::vector<int*> results;
 };
 
@@ -88,12 +85,13 @@ struct MbarrierWaiter {
   Fiber* fiber;
 };
 
-// A TMA copy under way.
+// A TMA load under way.
 struct BulkCopy {
-  TensorCopy copy;
+  int at[5];
+  uint32_t shared;
+  void* barrier;
   TensorMap map;  // as it was at the issue
-  bool store, done;
-  int thread;
+  bool done;
 };
 
 struct Machine {
@@ -112,7 +110,7 @@ struct Machine {
   int live;
   bool failing;
   std::string error;
-  Barrier barriers[16];
+  Barrier barrier;
   std::unordered_map<const void*, Mbarrier> mbarriers;
   std::vector<MbarrierWaiter> mbarrier_waiters;
   std::vector<BulkCopy> bulk_copies;
@@ -149,7 +147,6 @@ void maybe_yield();
 
 // sync.cpp
 void finish_thread(Fiber* f);
-void reset_barriers();
 
 // shared_memory.cpp
 constexpr size_t kMaxShared = 227 * 1024;

@@ -120,7 +120,7 @@ void run_block(uint3 block, dim3 size) {
   m.bulk_pending = 0;
   m.failing = false;
   m.error.clear();
-  reset_barriers();
+  m.barrier = {};
   reset_static_shared();
   if (race) race->begin_block(threads);
   if (m.dynamic) {

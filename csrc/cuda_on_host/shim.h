@@ -46,15 +46,13 @@ void* dynamic_shared();
 void* static_shared(const void* key, size_t bytes, size_t alignment);
 
 // ---- what threads of a warp do together: each brings a slot, the last to arrive runs `fn` over all of them
-enum class Op : int { kShuffle, kBallot, kSyncwarp, kLoadMatrix, kStoreMatrix, kMma, kWgmma, kWgmmaCommit, kWgmmaWait };
+enum class Op : int { kShuffle, kBallot, kSyncwarp, kLoadMatrix, kMma, kWgmma, kWgmmaCommit, kWgmmaWait };
 using WarpFunction = void (*)(void* const* slots, unsigned mask, int tag);
 void warp_op(unsigned mask, Op op, int tag, void* slot, WarpFunction fn);
 int lane_id();
 
-constexpr int kWholeBlock = 0;
 enum class Vote { kNone, kCount, kOr, kAnd };
-void barrier_sync(int id, int threads, bool arrive_only);
-int barrier_vote(int predicate, Vote vote);
+int block_barrier(int predicate, Vote vote);
 
 // ---- for the race checker
 void note_atomic(void* p, size_t bytes);
@@ -106,10 +104,10 @@ void launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, 
 }  // namespace vico
 
 // ---- synchronisation
-inline void __syncthreads() { coh::barrier_sync(0, coh::kWholeBlock, false); }
-inline int __syncthreads_or(int p) { return coh::barrier_vote(p, coh::Vote::kOr); }
-inline int __syncthreads_and(int p) { return coh::barrier_vote(p, coh::Vote::kAnd); }
-inline int __syncthreads_count(int p) { return coh::barrier_vote(p, coh::Vote::kCount); }
+inline void __syncthreads() { coh::block_barrier(0, coh::Vote::kNone); }
+inline int __syncthreads_or(int p) { return coh::block_barrier(p, coh::Vote::kOr); }
+inline int __syncthreads_and(int p) { return coh::block_barrier(p, coh::Vote::kAnd); }
+inline int __syncthreads_count(int p) { return coh::block_barrier(p, coh::Vote::kCount); }
 inline void __syncwarp(unsigned mask = ~0u) { coh::warp_op(mask, coh::Op::kSyncwarp, 0, nullptr, nullptr); }
 inline void __threadfence() { coh::note_fence(); }
 inline void __trap() { coh::fail("__trap()"); }
