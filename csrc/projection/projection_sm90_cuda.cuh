@@ -164,21 +164,22 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
       previous = ring.stage;
       ring.advance<S::kStages>();
     }
-    const int row = tile.row + box * S::kBoxRows + 16 * warp;
+    const int row = tile.row + box * S::kBoxRows + 16 * warp, lane_column = lane % Staged::kRowLanes * 8;
     const OutputRow lane_row = output_row<false>(g, row + lane % 16);
     ptx::wgmma_wait<0>();
     if (lane == 0) ptx::mbarrier_arrive(&empty[previous]);
 
 #pragma unroll 1
     for (int column = tile.column; column < tile.column + kN && column < g.columns; column += 64) {
-      __syncwarp();  // the part before is read
+      const ColumnTerms terms(g, column + lane_column);  // on their way while the sums are put
+      __syncwarp();                                      // the part before is read
 #pragma unroll
       for (int held = 0; held < kN / 64; ++held) {
         if (tile.column + 64 * held == column)
           Staged::put(staged, [&](int j, int r) { return sums[32 * held + 4 * j + r]; });
       }
       __syncwarp();
-      Staged::write<T>(g, row, column, staged, lane_row);
+      Staged::write<T>(g, row, column, staged, lane_row, [&](int) { return terms; });
     }
   }
 #else
