@@ -6,7 +6,6 @@
 //
 //   vico::launch(kernel, grid, block, shared_bytes, stream, args...)
 //   vico::launch_early(early, kernel, ...)  if `early`, the kernel may begin before the one before it has ended
-//   vico::launch_clusters(kernel, cluster, grid, block, ...)   blocks in clusters of `cluster` along x (sm_90)
 #pragma once
 
 #ifdef __CUDACC__
@@ -76,32 +75,21 @@ inline bool can_overlap() {
   return at->second;
 }
 
-struct LaunchOptions {
-  unsigned cluster = 1;  // blocks along x
-  bool early = false;
-};
-
 template <class... Params, class... Args>
-void launch_with(const LaunchOptions& options, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-                 cudaStream_t stream, const Args&... args) {
+void launch_as(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+               const Args&... args) {
   allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute overlap = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  if (options.cluster > 1) {
-    cudaLaunchAttribute& dimension = attributes[config.numAttrs++];
-    dimension.id = cudaLaunchAttributeClusterDimension;
-    dimension.val.clusterDim.x = options.cluster;
-    dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
-  }
-  if (options.early) {
-    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+  config.attrs = &overlap;
+  if (early) {
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
   }
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "launch of a kernel");
 }
@@ -109,13 +97,7 @@ void launch_with(const LaunchOptions& options, void (*kernel)(Params...), dim3 g
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Args&... args) {
-  launch_with({}, kernel, grid, block, shared_bytes, stream, args...);
-}
-
-template <class... Params, class... Args>
-void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
-                     cudaStream_t stream, const Args&... args) {
-  launch_with({cluster, false}, kernel, grid, block, shared_bytes, stream, args...);
+  launch_as(false, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 // For kernels of which every thread calls ptx::wait_for_earlier_kernels(), before it reads or writes what kernels
@@ -125,7 +107,7 @@ void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim
 template <class... Params, class... Args>
 void launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                   cudaStream_t stream, const Args&... args) {
-  launch_with({1, early && can_overlap()}, kernel, grid, block, shared_bytes, stream, args...);
+  launch_as(early && can_overlap(), kernel, grid, block, shared_bytes, stream, args...);
 }
 
 }  // namespace vico

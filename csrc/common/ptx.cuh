@@ -119,19 +119,7 @@ VICO_DEVICE void cp_async_16(void* to, const void* from, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");
 #else
-  coh::copy_async(to, from, 16, bytes);
-#endif
-}
-// The same through the L1 cache, 4, 8 or 16 bytes.
-template <int kBytes>
-VICO_DEVICE void cp_async(void* to, const void* from, int bytes = kBytes) {
-#ifdef __CUDACC__
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
-               "r"(bytes)
-               : "memory");
-#else
-  coh::copy_async(to, from, kBytes, bytes);
+  coh::copy_async(to, from, bytes);
 #endif
 }
 VICO_DEVICE void cp_async_commit() {
@@ -220,23 +208,6 @@ VICO_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
   coh::mma_m16n8k16(d, a, b, coh::Element::kHalf);
-#endif
-}
-
-// ---- named barriers, ids 1 to 15 (0 is __syncthreads); `threads` is a multiple of 32
-
-VICO_DEVICE void barrier_sync(int id, int threads) {
-#ifdef __CUDACC__
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#else
-  coh::barrier_sync(id, threads, false);
-#endif
-}
-VICO_DEVICE void barrier_arrive(int id, int threads) {
-#ifdef __CUDACC__
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#else
-  coh::barrier_sync(id, threads, true);
 #endif
 }
 

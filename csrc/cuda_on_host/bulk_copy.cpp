@@ -17,7 +17,8 @@ void run_copy(ThreadCopy& c) {
 
 // ---- cp.async. Until a copy takes effect its target reads as poison.
 
-void copy_async(void* to, const void* from, int bytes, int from_bytes) {
+void copy_async(void* to, const void* from, int from_bytes) {
+  constexpr int bytes = 16;
   const auto misaligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes); };
   if (misaligned(to) || misaligned(from)) fail("cp.async: misaligned %d-byte copy", bytes);
   if (from_bytes < 0 || from_bytes > bytes) fail("cp.async: %d source bytes of %d", from_bytes, bytes);
@@ -95,35 +96,15 @@ void mbarrier_init(void* barrier, int count) {
   maybe_yield();
 }
 
-void mbarrier_invalidate(void* barrier) {
-  find_mbarrier(barrier, "mbarrier.inval");
-  if (race) race->access(barrier, 8, true, false, __builtin_return_address(0), running_id());
-  machine.mbarriers.erase(barrier);
-}
-
-void mbarrier_arrive(void* barrier, int transaction_bytes, bool counts) {
+void mbarrier_arrive(void* barrier, int transaction_bytes) {
   maybe_yield();
   Mbarrier& b = find_mbarrier(barrier, "mbarrier.arrive");
   note_mbarrier_use(barrier);
   if (race) race->release(race->object(barrier));
   b.transactions += transaction_bytes;
-  if (counts) {
-    if (b.pending == 0) fail("mbarrier.arrive: more arrivals in a phase than the count of %d", b.expected);
-    --b.pending;
-  }
+  if (b.pending == 0) fail("mbarrier.arrive: more arrivals in a phase than the count of %d", b.expected);
+  --b.pending;
   end_phase_if_complete(barrier, b);
-}
-
-void mbarrier_arrive_at(void* barrier, int rank) {
-  mbarrier_arrive(shared_range(peer_address(barrier, rank), 8, "mbarrier.arrive"), 0, true);
-}
-
-bool mbarrier_test(void* barrier, uint32_t parity) {
-  Mbarrier& b = find_mbarrier(barrier, "mbarrier.test_wait");
-  note_mbarrier_use(barrier);
-  if (!has_passed(b, parity)) return false;
-  if (race) race->acquire(race->object(barrier));
-  return true;
 }
 
 void mbarrier_wait(void* barrier, uint32_t parity) {
@@ -149,7 +130,7 @@ void fence_proxy_async() {
 // ---- TMA
 namespace {
 
-// One row of the box (its innermost dimension) between global and shared memory, 16 bytes at a time because that is
+// One row of the box (its innermost dimension) from global to shared memory, 16 bytes at a time because that is
 // what the swizzle moves about: address bits 4.. are xored with bits 7...
 void copy_box_row(const TensorMap& t, const BulkCopy& c, bool inside, int64_t offset, uint32_t shared, int thread) {
   const size_t row_bytes = size_t{t.box[0]} * static_cast<size_t>(t.element_bytes);
@@ -158,21 +139,17 @@ void copy_box_row(const TensorMap& t, const BulkCopy& c, bool inside, int64_t of
     address ^= (address >> 7 & ((1u << t.swizzle) - 1)) << 4;
     const size_t bytes = std::min<size_t>(16, row_bytes - at);
     char* s = static_cast<char*>(shared_range(address, bytes, "TMA"));
-    if (race) race->access(s, bytes, !c.store, true, nullptr, thread);
+    if (race) race->access(s, bytes, true, true, nullptr, thread);
     for (size_t e = 0; e < bytes; e += static_cast<size_t>(t.element_bytes)) {
-      const int64_t x = c.copy.at[0] + static_cast<int64_t>(at + e) / t.element_bytes;
+      const int64_t x = c.at[0] + static_cast<int64_t>(at + e) / t.element_bytes;
       const bool ok = inside && x >= 0 && static_cast<uint64_t>(x) < t.size[0];
-      char* g = t.base + offset + x * t.element_bytes;
+      const char* g = t.base + offset + x * t.element_bytes;
       const size_t n = static_cast<size_t>(t.element_bytes);
-      if (race && ok) race->access(g, n, c.store, true, nullptr, thread);
-      if (!c.store) {
-        if (ok) {
-          std::memcpy(s + e, g, n);
-        } else {
-          std::memset(s + e, 0, n);
-        }
-      } else if (ok) {
-        std::memcpy(g, s + e, n);
+      if (race && ok) race->access(g, n, false, true, nullptr, thread);
+      if (ok) {
+        std::memcpy(s + e, g, n);
+      } else {
+        std::memset(s + e, 0, n);
       }
     }
   }
@@ -187,17 +164,17 @@ size_t box_bytes(const TensorMap& t) {
 void copy_box(const BulkCopy& c, int thread) {
   const TensorMap& t = c.map;
   const size_t row_bytes = size_t{t.box[0]} * static_cast<size_t>(t.element_bytes), rows = box_bytes(t) / row_bytes;
-  shared_range(c.copy.shared, box_bytes(t), "TMA");
+  shared_range(c.shared, box_bytes(t), "TMA");
   for (size_t row = 0; row < rows; ++row) {
     bool inside = true;
     int64_t offset = 0;
     size_t rest = row;
     for (int d = 1; d < t.rank; rest /= t.box[d], ++d) {
-      const int64_t x = c.copy.at[d] + static_cast<int64_t>(rest % t.box[d]);
+      const int64_t x = c.at[d] + static_cast<int64_t>(rest % t.box[d]);
       inside = inside && x >= 0 && static_cast<uint64_t>(x) < t.size[d];
       offset += x * static_cast<int64_t>(t.stride[d]);
     }
-    copy_box_row(t, c, inside, offset, c.copy.shared + static_cast<uint32_t>(row * row_bytes), thread);
+    copy_box_row(t, c, inside, offset, c.shared + static_cast<uint32_t>(row * row_bytes), thread);
   }
 }
 
@@ -206,68 +183,35 @@ void run_bulk_copy(size_t i) {
   if (c.done) return;
   c.done = true;
   --machine.bulk_pending;
-  if (c.store) return copy_box(c, c.thread);
-  if (!machine.live_of[c.copy.shared >> kRankShift]) fail("TMA load into the shared memory of a block that has ended");
   const int threads = static_cast<int>(machine.fibers.size());
-  const int object = race ? race->object(c.copy.barrier) : 0;
+  const int object = race ? race->object(c.barrier) : 0;
   copy_box(c, threads + object);
-  Mbarrier& b = find_mbarrier(c.copy.barrier, "TMA completes");
+  Mbarrier& b = find_mbarrier(c.barrier, "TMA completes");
   if (race) race->complete_async(object);
   b.transactions -= static_cast<long>(box_bytes(c.map));
-  end_phase_if_complete(c.copy.barrier, b);
-}
-
-void issue(TensorCopy copy, const void* map, const int* at, int rank, bool store) {
-  TensorMap t;
-  std::memcpy(&t, map, sizeof(t));
-  if (t.magic != TensorMap::kMagic) fail("TMA: not a tensor map");
-  if (t.rank != rank) fail("TMA: a copy of rank %d with a tensor map of rank %d", rank, t.rank);
-  if (copy.shared & 127) fail("TMA: the shared address is not aligned to 128 bytes");
-  if (t.swizzle && (copy.shared & ((128u << t.swizzle) - 1))) {
-    fail("TMA: the shared address is not aligned to the swizzle's period of %u bytes", 128u << t.swizzle);
-  }
-  std::copy(at, at + rank, copy.at);
-  if (!store) {
-    const Mbarrier& b = find_mbarrier(copy.barrier, "TMA load");
-    if (!b.fenced) fail("TMA load: no fence since mbarrier.init made the mbarrier visible to the async proxy");
-    if (race) race->issue_async(race->object(copy.barrier));
-  }
-  machine.bulk_copies.push_back({copy, t, store, false, running_id()});
-  ++machine.bulk_pending;
-  const size_t i = machine.bulk_copies.size() - 1;
-  if (store) running()->open_stores.push_back(static_cast<int>(i));
-  if (config.completion == Completion::kEager) run_bulk_copy(i);
-  maybe_yield();
+  end_phase_if_complete(c.barrier, b);
 }
 
 }  // namespace
 
 void tensor_load(void* to, const void* map, const int* at, int rank, void* barrier) {
-  issue({nullptr, {}, shared_address(to), barrier}, map, at, rank, false);
-}
-void tensor_load_multicast(void* to, const void* map, const int* at, int rank, void* barrier, uint32_t blocks) {
-  for (int block = 0; block < 16; ++block) {
-    if (!(blocks >> block & 1)) continue;
-    void* landed = shared_range(peer_address(barrier, block), 8, "TMA load");
-    issue({nullptr, {}, peer_address(to, block), landed}, map, at, rank, false);
+  BulkCopy c{{}, shared_address(to), barrier, {}, false};
+  TensorMap& t = c.map;
+  std::memcpy(&t, map, sizeof(t));
+  if (t.magic != TensorMap::kMagic) fail("TMA: not a tensor map");
+  if (t.rank != rank) fail("TMA: a copy of rank %d with a tensor map of rank %d", rank, t.rank);
+  if (c.shared & 127) fail("TMA: the shared address is not aligned to 128 bytes");
+  if (t.swizzle && (c.shared & ((128u << t.swizzle) - 1))) {
+    fail("TMA: the shared address is not aligned to the swizzle's period of %u bytes", 128u << t.swizzle);
   }
-}
-void tensor_store(const void* map, const void* from, const int* at, int rank) {
-  issue({nullptr, {}, shared_address(from), nullptr}, map, at, rank, true);
-}
-
-void bulk_commit() {
-  Fiber* f = running();
-  f->store_groups.push_back(std::move(f->open_stores));
-  f->open_stores.clear();
-}
-
-void bulk_wait(int keep) {
-  auto& groups = running()->store_groups;
-  while (static_cast<int>(groups.size()) > keep) {
-    for (int i : groups.front()) run_bulk_copy(static_cast<size_t>(i));
-    groups.erase(groups.begin());
+  std::copy(at, at + rank, c.at);
+  if (!find_mbarrier(barrier, "TMA load").fenced) {
+    fail("TMA load: no fence since mbarrier.init made the mbarrier visible to the async proxy");
   }
+  if (race) race->issue_async(race->object(barrier));
+  machine.bulk_copies.push_back(c);
+  ++machine.bulk_pending;
+  if (config.completion == Completion::kEager) run_bulk_copy(machine.bulk_copies.size() - 1);
   maybe_yield();
 }
 
@@ -282,12 +226,9 @@ bool step_bulk_copy() {
   return false;
 }
 
-// At the end of a block: nothing may still be on its way into its shared memory, nor out of it.
+// At the end of a block: nothing may still be on its way into its shared memory.
 void finish_block_copies() {
-  for (size_t i = 0; i < machine.bulk_copies.size(); ++i) {
-    if (machine.bulk_copies[i].done) continue;
-    fail("the block ended with a TMA %s still under way", machine.bulk_copies[i].store ? "store" : "load");
-  }
+  if (machine.bulk_pending) fail("the block ended with a TMA load still under way");
   for (const auto& [p, b] : machine.mbarriers) {
     if (b.transactions) fail("the block ended with %ld bytes still expected by a mbarrier", b.transactions);
   }

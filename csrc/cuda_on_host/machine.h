@@ -1,9 +1,7 @@
 // Inside the runtime: the one multiprocessor that is emulated, and what its parts call of each other.
 //
-// Every CUDA thread of the running block is a fiber; blocks run one after another. The blocks of a cluster run
-// together: their threads and warps are numbered in one sequence, block after block, and only what a block has for
-// itself (shared memory, barriers) is told apart by its rank. Without clusters every rank is 0. A fiber gives up the
-// processor only at calls of the runtime, and there the scheduler may pick any that is ready.
+// Every CUDA thread of the running block is a fiber; blocks run one after another. A fiber gives up the processor only
+// at calls of the runtime, and there the scheduler may pick any that is ready.
 #pragma once
 
 #include <deque>
@@ -28,10 +26,8 @@ struct ThreadCopy {
   bool done;
 };
 
-constexpr int kMaxCluster = 8;
-
 struct Fiber : Thread {
-  int id, lane, warp, rank;
+  int id, lane, warp;
   bool done = false;
   void* stack_pointer = nullptr;
   char* stack = nullptr;
@@ -40,8 +36,6 @@ struct Fiber : Thread {
   long waits_on = 0;
   std::vector<std::vector<ThreadCopy>> copy_groups;
   std::vector<ThreadCopy> open_copies;
-  std::vector<std::vector<int>> store_groups;  // indices of bulk copies
-  std::vector<int> open_stores;
 };
 
 // Lanes of a warp on their way into one warp_op.
@@ -69,12 +63,11 @@ struct Warp {
 };
 
 struct Barrier {
-  int expected = 0, arrived = 0;
-  bool whole_block = false;
+  int arrived = 0;
   Vote vote = Vote::kNone;
   int votes = 0;
   std::vector<Fiber*> waiting;
-  std::vector<int> members, receivers;  // thread ids: all that arrived, those of them that wait
+  std::vector<int> members;  // thread ids
   std::vector<int*> results;
 };
 
@@ -92,12 +85,13 @@ struct MbarrierWaiter {
   Fiber* fiber;
 };
 
-// A TMA copy under way.
+// A TMA load under way.
 struct BulkCopy {
-  TensorCopy copy;
+  int at[5];
+  uint32_t shared;
+  void* barrier;
   TensorMap map;  // as it was at the issue
-  bool store, done;
-  int thread;
+  bool done;
 };
 
 struct Machine {
@@ -113,16 +107,15 @@ struct Machine {
   std::vector<uint32_t> priority;  // of each warp
   std::deque<Fiber*> ready;        // in order of arrival; kPct uses the warps' own lists instead
   uint32_t ready_warps;
-  int live, live_of[kMaxCluster];  // in the cluster, in each block
+  int live;
   bool failing;
   std::string error;
-  Barrier barriers[kMaxCluster][16], cluster_barrier;
+  Barrier barrier;
   std::unordered_map<const void*, Mbarrier> mbarriers;
   std::vector<MbarrierWaiter> mbarrier_waiters;
   std::vector<BulkCopy> bulk_copies;
   size_t bulk_pending;
-  int cluster = 1;                  // blocks that run together
-  char* dynamic[kMaxCluster] = {};  // of each block
+  char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
   std::vector<char*> stacks;
 };
@@ -130,7 +123,6 @@ extern Machine machine;
 
 inline Fiber* running() { return static_cast<Fiber*>(current); }
 inline int running_id() { return current ? running()->id : -1; }
-inline int running_rank() { return current ? running()->rank : 0; }
 
 // fiber.cpp
 constexpr size_t kStackBytes =
@@ -155,14 +147,11 @@ void maybe_yield();
 
 // sync.cpp
 void finish_thread(Fiber* f);
-void reset_barriers();
 
 // shared_memory.cpp
 constexpr size_t kMaxShared = 227 * 1024;
 void reset_static_shared();
-constexpr int kRankShift = 24;                                         // the block's rank in an address
 void* shared_range(uint32_t address, size_t bytes, const char* what);  // fails outside
-uint32_t peer_address(const void* p, int rank);  // of what another block of the cluster has in the place of `p`
 
 // bulk_copy.cpp
 bool step_bulk_copy();  // one random copy under way takes effect; false: there is none

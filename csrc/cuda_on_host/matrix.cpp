@@ -1,4 +1,4 @@
-// Matrix instructions: ldmatrix, stmatrix, mma.sync, wgmma. Sums are taken in order of k, in float; the hardware's
+// Matrix instructions: ldmatrix, mma.sync, wgmma. Sums are taken in order of k, in float; the hardware's
 // order is not documented.
 #include "common/dtype.h"
 #include "cuda_on_host/machine.h"
@@ -12,7 +12,7 @@ float value_of(uint16_t bits, Element element) {
 float low(uint32_t pair, Element element) { return value_of(static_cast<uint16_t>(pair), element); }
 float high(uint32_t pair, Element element) { return value_of(static_cast<uint16_t>(pair >> 16), element); }
 
-// ---- ldmatrix, stmatrix: lane 8 i + r brings the address of row r of matrix i
+// ---- ldmatrix: lane 8 i + r brings the address of row r of matrix i
 
 struct RowSlot {
   uint32_t address;
@@ -21,13 +21,12 @@ struct RowSlot {
 };
 constexpr int kTransposed = 16;
 
-uint16_t* matrix_row(void* const* slots, int lane, bool write) {
+const void* matrix_row(void* const* slots, int lane) {
   const RowSlot& slot = *static_cast<RowSlot*>(slots[lane]);
-  const char* name = write ? "stmatrix" : "ldmatrix";
-  if (slot.address & 15) fail("%s: the row address 0x%x is not aligned to 16 bytes", name, slot.address);
-  void* p = shared_range(slot.address, 16, name);
-  if (race) race->access(p, 16, write, false, slot.pc, running()->warp * 32 + lane);
-  return static_cast<uint16_t*>(p);
+  if (slot.address & 15) fail("ldmatrix: the row address 0x%x is not aligned to 16 bytes", slot.address);
+  void* p = shared_range(slot.address, 16, "ldmatrix");
+  if (race) race->access(p, 16, false, false, slot.pc, running()->warp * 32 + lane);
+  return p;
 }
 
 void count_bank_conflicts(void* const* slots, int matrices) {
@@ -46,28 +45,12 @@ void load_rows(void* const* slots, unsigned, int tag) {
   count_bank_conflicts(slots, matrices);
   for (int i = 0; i < matrices; ++i) {
     uint16_t m[8][8];
-    for (int r = 0; r < 8; ++r) std::memcpy(m[r], matrix_row(slots, i * 8 + r, false), 16);
+    for (int r = 0; r < 8; ++r) std::memcpy(m[r], matrix_row(slots, i * 8 + r), 16);
     for (int lane = 0; lane < 32; ++lane) {
       const int r = lane >> 2, c = (lane & 3) * 2;
       const uint32_t first = transposed ? m[c][r] : m[r][c], second = transposed ? m[c + 1][r] : m[r][c + 1];
       static_cast<RowSlot*>(slots[lane])->r[i] = first | second << 16;
     }
-  }
-}
-
-void store_rows(void* const* slots, unsigned, int tag) {
-  const int matrices = tag & 15;
-  const bool transposed = tag & kTransposed;
-  count_bank_conflicts(slots, matrices);
-  for (int i = 0; i < matrices; ++i) {
-    uint16_t m[8][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const uint32_t pair = static_cast<RowSlot*>(slots[lane])->r[i];
-      const int r = lane >> 2, c = (lane & 3) * 2;
-      (transposed ? m[c][r] : m[r][c]) = static_cast<uint16_t>(pair);
-      (transposed ? m[c + 1][r] : m[r][c + 1]) = static_cast<uint16_t>(pair >> 16);
-    }
-    for (int r = 0; r < 8; ++r) std::memcpy(matrix_row(slots, i * 8 + r, true), m[r], 16);
   }
 }
 
@@ -112,11 +95,6 @@ void load_matrix(uint32_t* r, int matrices, bool transposed, const void* row) {
   warp_op(~0u, Op::kLoadMatrix, matrices | (transposed ? kTransposed : 0), &slot, load_rows);
 }
 
-void store_matrix(const uint32_t* r, int matrices, bool transposed, void* row) {
-  RowSlot slot{shared_address(row), const_cast<uint32_t*>(r), __builtin_return_address(0)};
-  warp_op(~0u, Op::kStoreMatrix, matrices | (transposed ? kTransposed : 0), &slot, store_rows);
-}
-
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Element element) {
   MmaSlot slot{d, a, b};
   warp_op(~0u, Op::kMma, static_cast<int>(element), &slot, run_mma);
@@ -148,8 +126,7 @@ uint32_t element_address(uint64_t d, uint32_t row, uint32_t k, bool mn_major) {
 }
 
 float read_operand(uint64_t d, int row, int k, bool mn_major, Element element, int thread) {
-  const uint32_t address = element_address(d, static_cast<uint32_t>(row), static_cast<uint32_t>(k), mn_major) |
-                           static_cast<uint32_t>(machine.fibers[thread].rank) << kRankShift;
+  const uint32_t address = element_address(d, static_cast<uint32_t>(row), static_cast<uint32_t>(k), mn_major);
   void* p = shared_range(address, 2, "wgmma operand");
   if (race) race->access(p, 2, false, true, nullptr, thread);
   uint16_t bits;

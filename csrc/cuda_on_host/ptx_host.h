@@ -15,29 +15,21 @@ void check_vector(const void* p, int bytes, const char* what);
 inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
 // ---- cp.async
-void copy_async(void* to, const void* from, int bytes, int from_bytes);
+void copy_async(void* to, const void* from, int bytes);
 void copy_async_commit();
 void copy_async_wait(int keep);
 
-// ---- ldmatrix, stmatrix, mma.sync
+// ---- ldmatrix, mma.sync
 enum class Element : int { kBFloat16, kHalf };
 void load_matrix(uint32_t* r, int matrices, bool transposed, const void* row);
-void store_matrix(const uint32_t* r, int matrices, bool transposed, void* row);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Element element);
 
 // ---- mbarrier
 void mbarrier_init(void* barrier, int count);
-void mbarrier_invalidate(void* barrier);
-void mbarrier_arrive(void* barrier, int transaction_bytes, bool counts);
-void mbarrier_arrive_at(void* barrier, int rank);
-bool mbarrier_test(void* barrier, uint32_t parity);
+void mbarrier_arrive(void* barrier, int transaction_bytes);
 void mbarrier_wait(void* barrier, uint32_t parity);
 void fence_mbarrier_init();
 void fence_proxy_async();
-
-// ---- clusters
-int cluster_rank();
-void cluster_sync();
 
 // ---- TMA
 struct TensorMap {
@@ -48,19 +40,9 @@ struct TensorMap {
   uint64_t size[5], stride[5];  // elements, bytes; stride[0] is element_bytes
   uint16_t box[5];
 };
-struct TensorCopy {
-  const TensorMap* map;
-  int at[5];
-  uint32_t shared;
-  void* barrier;
-};
 void encode_tensor_map(void* map, int element_bytes, int rank, void* base, const uint64_t* size, const uint64_t* stride,
                        const uint32_t* box, int swizzle);
 void tensor_load(void* to, const void* map, const int* at, int rank, void* barrier);
-void tensor_load_multicast(void* to, const void* map, const int* at, int rank, void* barrier, uint32_t blocks);
-void tensor_store(const void* map, const void* from, const int* at, int rank);
-void bulk_commit();
-void bulk_wait(int keep);
 
 // ---- wgmma
 struct MmaAsync {

@@ -32,7 +32,7 @@ struct Stats {
   uint64_t switches = 0;
   uint64_t races = 0;
   std::set<const void*> kernels;                   // that were launched
-  uint64_t matrix_phases = 0, bank_conflicts = 0;  // of ldmatrix and stmatrix, 8 rows of 16 bytes each
+  uint64_t matrix_phases = 0, bank_conflicts = 0;  // of ldmatrix, 8 rows of 16 bytes each
 };
 extern Stats stats;
 

@@ -103,18 +103,15 @@ void fiber_entry() {
   Fiber* f = running();
   f->done = true;
   --machine.live;
-  --machine.live_of[f->rank];
   finish_thread(f);
   dispatch();
   __builtin_trap();
 }
 
-// Runs a block, or the blocks of a cluster, which follow `block` along x.
-void run_blocks(uint3 block, dim3 size) {
+void run_block(uint3 block, dim3 size) {
   Machine& m = machine;
-  const int block_threads = static_cast<int>(size.x * size.y * size.z), threads = m.cluster * block_threads;
+  const int threads = static_cast<int>(size.x * size.y * size.z);
   m.live = threads;
-  std::fill_n(m.live_of, m.cluster, block_threads);
   m.ready.clear();
   m.ready_warps = 0;
   m.mbarriers.clear();
@@ -123,13 +120,12 @@ void run_blocks(uint3 block, dim3 size) {
   m.bulk_pending = 0;
   m.failing = false;
   m.error.clear();
-  reset_barriers();
+  m.barrier = {};
   reset_static_shared();
   if (race) race->begin_block(threads);
-  for (char* dynamic : m.dynamic) {
-    if (!dynamic) continue;
-    std::memset(dynamic, 0xff, m.dynamic_bytes);
-    if (race) race->add_shared(dynamic, m.dynamic_bytes);
+  if (m.dynamic) {
+    std::memset(m.dynamic, 0xff, m.dynamic_bytes);
+    if (race) race->add_shared(m.dynamic, m.dynamic_bytes);
   }
   m.fibers = std::vector<Fiber>(threads);
   m.warps = std::vector<Warp>((threads + 31) / 32);
@@ -137,10 +133,9 @@ void run_blocks(uint3 block, dim3 size) {
   for (uint32_t& p : m.priority) p = static_cast<uint32_t>(random_bits());
   for (int t = 0; t < threads; ++t) {
     Fiber& f = m.fibers[t];
-    const unsigned u = static_cast<unsigned>(t % block_threads);
+    const unsigned u = static_cast<unsigned>(t);
     f.index = {u % size.x, u / size.x % size.y, u / (size.x * size.y)};
-    f.rank = t / block_threads;
-    f.block = {block.x + static_cast<unsigned>(f.rank), block.y, block.z};
+    f.block = block;
     f.id = t;
     f.lane = t & 31;
     f.warp = t >> 5;
@@ -176,7 +171,7 @@ void fail(const char* format, ...) {
   int n = 0;
   if (current) {
     n = std::snprintf(text, sizeof(text), "block (%u, %u, %u) thread %d: ", current->block.x, current->block.y,
-                      current->block.z, running_id() % static_cast<int>(block_dim.x * block_dim.y * block_dim.z));
+                      current->block.z, running_id());
   }
   va_list list;
   va_start(list, format);
@@ -191,16 +186,10 @@ void fail(const char* format, ...) {
 void wait_for_earlier_kernels() { ++machine.waited; }
 
 void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes,
-            unsigned cluster, bool early) {
+            bool early) {
   if (block.x * block.y * block.z > 1024) fail("a block of %u threads", block.x * block.y * block.z);
   if (block.x * block.y * block.z == 0 || grid.x * grid.y * grid.z == 0) fail("an empty launch");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
-  if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster) {
-    fail("clusters of %u blocks in %u blocks: of up to %d, and a whole number of them", cluster, grid.x, kMaxCluster);
-  }
-  if (cluster > 1 && (block.x * block.y * block.z % 32 || cluster * block.x * block.y * block.z > 1024)) {
-    fail("clusters of more than 1024 threads, or of parts of warps, are not emulated");
-  }
   if (shared_bytes > kMaxShared) fail("%zu bytes of dynamic shared memory, more than 227 KiB", shared_bytes);
   Machine& m = machine;
   stats.kernels.insert(kernel);
@@ -212,32 +201,28 @@ void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid,
   block_dim = block;
   m.random = config.seed * 0x9e3779b97f4a7c15ull | 1;
   for (int i = 0; i < 8; ++i) random_bits();
-  m.cluster = static_cast<int>(cluster);
   m.dynamic_bytes = shared_bytes;
-  for (int rank = 0; rank < m.cluster && shared_bytes; ++rank) {
+  if (shared_bytes) {
     void* p = nullptr;
     if (posix_memalign(&p, 1024, shared_bytes)) throw std::bad_alloc();
-    m.dynamic[rank] = static_cast<char*>(p);
+    m.dynamic = static_cast<char*>(p);
   }
   if (race) race->begin_launch();
-  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z / cluster);
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   if (config.schedule != Schedule::kFifo) {
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);
   }
   const auto clean_up = [&] {
-    for (char*& dynamic : m.dynamic) {
-      std::free(dynamic);
-      dynamic = nullptr;
-    }
+    std::free(m.dynamic);
+    m.dynamic = nullptr;
     current = nullptr;
   };
   try {
-    for (uint64_t first : order) {
-      const uint64_t i = first * cluster;
-      run_blocks({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                  static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))},
-                 block);
+    for (uint64_t i : order) {
+      run_block({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                 static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))},
+                block);
     }
   } catch (...) {
     clean_up();

@@ -10,7 +10,6 @@ namespace {
 
 struct StaticShared {
   const void* key;
-  int rank;  // of its block
   char *allocation, *memory;
   size_t bytes;
   uint32_t address;
@@ -26,25 +25,18 @@ uint32_t window_address(const char* p, uint32_t after) {
          static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) % kWindowAlign);
 }
 
-uint32_t window(int rank, uint32_t address) { return static_cast<uint32_t>(rank) << kRankShift | address; }
-
 }  // namespace
 
 void* dynamic_shared() {
-  char* dynamic = machine.dynamic[running_rank()];
-  if (!dynamic) fail("the kernel uses dynamic shared memory, but was launched without");
-  return dynamic;
+  if (!machine.dynamic) fail("the kernel uses dynamic shared memory, but was launched without");
+  return machine.dynamic;
 }
 
 void* static_shared(const void* key, size_t bytes, size_t alignment) {
   size_t total = bytes;
-  const int rank = running_rank();
-  uint32_t after = kDynamicBase + static_cast<uint32_t>(machine.dynamic_bytes);
   for (const StaticShared& s : statics) {
-    if (s.rank != rank) continue;
     if (s.key == key) return s.memory;
     total += s.bytes;
-    after = s.address + static_cast<uint32_t>(s.bytes);
   }
   if (total > 48 * 1024) fail("%zu bytes of static shared memory, more than 48 KiB", total);
   if (total + machine.dynamic_bytes > kMaxShared) {
@@ -54,11 +46,13 @@ void* static_shared(const void* key, size_t bytes, size_t alignment) {
   const size_t in_front = alignment <= 8 ? 8 : 0;
   void* p = nullptr;
   if (posix_memalign(&p, alignment < 16 ? 16 : alignment, bytes + in_front)) fail("out of memory");
-  StaticShared s{key, rank, static_cast<char*>(p), static_cast<char*>(p) + in_front, bytes, 0};
+  StaticShared s{key, static_cast<char*>(p), static_cast<char*>(p) + in_front, bytes, 0};
 #ifdef COH_ASAN
   __asan_poison_memory_region(s.allocation, in_front);
 #endif
   std::memset(s.memory, 0xff, bytes);
+  const uint32_t after = statics.empty() ? kDynamicBase + static_cast<uint32_t>(machine.dynamic_bytes)
+                                         : statics.back().address + static_cast<uint32_t>(statics.back().bytes);
   s.address = window_address(s.memory, after);
   statics.push_back(s);
   if (race) race->add_shared(s.memory, bytes);
@@ -77,50 +71,25 @@ void reset_static_shared() {
 
 uint32_t shared_address(const void* pointer) {
   const auto* p = static_cast<const char*>(pointer);
-  for (int rank = 0; rank < machine.cluster; ++rank) {
-    const char* dynamic = machine.dynamic[rank];
-    if (dynamic && p >= dynamic && p <= dynamic + machine.dynamic_bytes) {
-      return window(rank, static_cast<uint32_t>(p - dynamic) + kDynamicBase);
-    }
+  if (machine.dynamic && p >= machine.dynamic && p <= machine.dynamic + machine.dynamic_bytes) {
+    return static_cast<uint32_t>(p - machine.dynamic) + kDynamicBase;
   }
   for (const StaticShared& s : statics) {
-    if (p >= s.memory && p <= s.memory + s.bytes) {
-      return window(s.rank, static_cast<uint32_t>(p - s.memory) + s.address);
-    }
+    if (p >= s.memory && p <= s.memory + s.bytes) return static_cast<uint32_t>(p - s.memory) + s.address;
   }
   fail("%p is no address in shared memory", pointer);
 }
 
-void* shared_range(uint32_t in_cluster, size_t bytes, const char* what) {
-  const int rank = static_cast<int>(in_cluster >> kRankShift);
-  const uint32_t address = in_cluster & ((1u << kRankShift) - 1);
+void* shared_range(uint32_t address, size_t bytes, const char* what) {
   const auto holds = [&](uint32_t begin, size_t n) { return address >= begin && address - begin + bytes <= n; };
-  if (rank < machine.cluster && holds(kDynamicBase, machine.dynamic_bytes)) {
-    return machine.dynamic[rank] + (address - kDynamicBase);
-  }
+  if (holds(kDynamicBase, machine.dynamic_bytes)) return machine.dynamic + (address - kDynamicBase);
   for (const StaticShared& s : statics) {
-    if (s.rank == rank && holds(s.address, s.bytes)) return s.memory + (address - s.address);
+    if (holds(s.address, s.bytes)) return s.memory + (address - s.address);
   }
   fail(
       "%s: the %zu bytes from shared address 0x%x are outside dynamic shared memory (%zu bytes from 0x%x) and every "
       "shared variable",
       what, bytes, address, machine.dynamic_bytes, kDynamicBase);
-}
-
-uint32_t peer_address(const void* pointer, int rank) {
-  if (rank < 0 || rank >= machine.cluster) fail("a cluster of %d blocks has none of rank %d", machine.cluster, rank);
-  if (!machine.live_of[rank]) fail("the block of rank %d, whose shared memory is meant, has ended", rank);
-  const auto* p = static_cast<const char*>(pointer);
-  for (const StaticShared& s : statics) {
-    if (p < s.memory || p > s.memory + s.bytes) continue;
-    for (const StaticShared& peer : statics) {
-      if (peer.key == s.key && peer.rank == rank) {
-        return window(rank, static_cast<uint32_t>(p - s.memory) + peer.address);
-      }
-    }
-    fail("the block of rank %d has not come to the shared variable that is meant", rank);
-  }
-  return window(rank, shared_address(p) & ((1u << kRankShift) - 1));
 }
 
 void check_vector(const void* p, int bytes, const char* what) {

@@ -39,22 +39,20 @@ extern dim3 grid_dim, block_dim;
 // `kernel` is only noted: a test program tells which ones it has run. `early`: the kernel might overlap the one before
 // it; here it does not, but every thread of it has to call wait_for_earlier_kernels.
 void launch(const void* kernel, void (*body)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes,
-            unsigned cluster, bool early);
+            bool early);
 void wait_for_earlier_kernels();
 void* dynamic_shared();
 // The block's variable of this key: each has an allocation of its own, so that ASan sees its ends.
 void* static_shared(const void* key, size_t bytes, size_t alignment);
 
 // ---- what threads of a warp do together: each brings a slot, the last to arrive runs `fn` over all of them
-enum class Op : int { kShuffle, kBallot, kSyncwarp, kLoadMatrix, kStoreMatrix, kMma, kWgmma, kWgmmaCommit, kWgmmaWait };
+enum class Op : int { kShuffle, kBallot, kSyncwarp, kLoadMatrix, kMma, kWgmma, kWgmmaCommit, kWgmmaWait };
 using WarpFunction = void (*)(void* const* slots, unsigned mask, int tag);
 void warp_op(unsigned mask, Op op, int tag, void* slot, WarpFunction fn);
 int lane_id();
 
-constexpr int kWholeBlock = 0;
 enum class Vote { kNone, kCount, kOr, kAnd };
-void barrier_sync(int id, int threads, bool arrive_only);
-int barrier_vote(int predicate, Vote vote);
+int block_barrier(int predicate, Vote vote);
 
 // ---- for the race checker
 void note_atomic(void* p, size_t bytes);
@@ -80,8 +78,7 @@ namespace vico {
 
 // Every thread gets its own copy of the arguments, as on the device.
 template <class... Params, class... Args>
-void launch_with(unsigned cluster, bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-                 const Args&... args) {
+void launch_as(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Args&... args) {
   struct Call {
     void (*kernel)(Params...);
     std::tuple<Params...> params;
@@ -92,30 +89,25 @@ void launch_with(unsigned cluster, bool early, void (*kernel)(Params...), dim3 g
         const Call& c = *static_cast<Call*>(p);
         std::apply([&](const auto&... x) { c.kernel(x...); }, c.params);
       },
-      &call, grid, block, shared_bytes, cluster, early);
+      &call, grid, block, shared_bytes, early);
 }
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Args&... args) {
-  launch_with(1, false, kernel, grid, block, shared_bytes, args...);
-}
-template <class... Params, class... Args>
-void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
-                     cudaStream_t, const Args&... args) {
-  launch_with(cluster, false, kernel, grid, block, shared_bytes, args...);
+  launch_as(false, kernel, grid, block, shared_bytes, args...);
 }
 template <class... Params, class... Args>
 void launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                   const Args&... args) {
-  launch_with(1, early, kernel, grid, block, shared_bytes, args...);
+  launch_as(early, kernel, grid, block, shared_bytes, args...);
 }
 
 }  // namespace vico
 
 // ---- synchronisation
-inline void __syncthreads() { coh::barrier_sync(0, coh::kWholeBlock, false); }
-inline int __syncthreads_or(int p) { return coh::barrier_vote(p, coh::Vote::kOr); }
-inline int __syncthreads_and(int p) { return coh::barrier_vote(p, coh::Vote::kAnd); }
-inline int __syncthreads_count(int p) { return coh::barrier_vote(p, coh::Vote::kCount); }
+inline void __syncthreads() { coh::block_barrier(0, coh::Vote::kNone); }
+inline int __syncthreads_or(int p) { return coh::block_barrier(p, coh::Vote::kOr); }
+inline int __syncthreads_and(int p) { return coh::block_barrier(p, coh::Vote::kAnd); }
+inline int __syncthreads_count(int p) { return coh::block_barrier(p, coh::Vote::kCount); }
 inline void __syncwarp(unsigned mask = ~0u) { coh::warp_op(mask, coh::Op::kSyncwarp, 0, nullptr, nullptr); }
 inline void __threadfence() { coh::note_fence(); }
 inline void __trap() { coh::fail("__trap()"); }

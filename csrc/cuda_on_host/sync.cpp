@@ -14,8 +14,6 @@ const char* name_of(Op op) {
       return "__syncwarp";
     case Op::kLoadMatrix:
       return "ldmatrix";
-    case Op::kStoreMatrix:
-      return "stmatrix";
     case Op::kMma:
       return "mma.sync";
     case Op::kWgmma:
@@ -52,8 +50,8 @@ void join_lanes(int warp, unsigned lanes) {
 
 void open_barrier(Barrier& b) {
   if (race) {
-    race->join(b.members.data(), static_cast<int>(b.members.size()), b.receivers.data(),
-               static_cast<int>(b.receivers.size()));
+    const int n = static_cast<int>(b.members.size());
+    race->join(b.members.data(), n, b.members.data(), n);
   }
   int result = b.votes;
   if (b.vote == Vote::kOr) result = b.votes > 0;
@@ -61,35 +59,6 @@ void open_barrier(Barrier& b) {
   for (int* r : b.results) *r = result;
   for (Fiber* f : b.waiting) make_ready(f);
   b = Barrier{};
-}
-
-void arrive_at_barrier(int id, int threads, bool arrive_only, Vote vote, int predicate, int* result) {
-  const bool whole = threads == kWholeBlock;
-  if (id < 0 || id > 15 || (!whole && (threads <= 0 || threads % 32))) {
-    fail("barrier %d for %d threads: ids are 0 to 15, counts multiples of 32", id, threads);
-  }
-  Fiber* f = running();
-  Barrier& b = machine.barriers[f->rank][id];
-  if (b.arrived && (b.whole_block != whole || b.vote != vote || (!whole && b.expected != threads))) {
-    fail("barrier %d: threads arrive for different counts or kinds (%d, earlier %d)", id, threads, b.expected);
-  }
-  b.whole_block = whole;
-  b.expected = whole ? machine.live_of[f->rank] : threads;
-  b.vote = vote;
-  b.votes += predicate != 0;
-  ++b.arrived;
-  b.members.push_back(f->id);
-  if (!arrive_only) b.receivers.push_back(f->id);
-  if (result) b.results.push_back(result);
-  if (b.arrived == b.expected) {
-    open_barrier(b);
-    maybe_yield();
-  } else if (b.arrived > b.expected) {
-    fail("barrier %d: %d arrivals, %d expected", id, b.arrived, b.expected);
-  } else if (!arrive_only) {
-    b.waiting.push_back(f);
-    block_on("barrier", id);
-  }
 }
 
 }  // namespace
@@ -130,11 +99,8 @@ void warp_op(unsigned mask, Op op, int tag, void* slot, WarpFunction fn) {
   release_lanes(f->warp, arrived, f->lane);
 }
 
-// A thread that has returned is waited for no more, neither by its warp nor by barriers of the whole block.
+// A thread that has returned is waited for no more, neither by its warp nor by the block's barrier.
 void finish_thread(Fiber* f) {
-  if (!f->open_stores.empty() || !f->store_groups.empty()) {
-    fail("a thread returns without having waited for its TMA stores: their shared memory may be gone too early");
-  }
   Warp& w = machine.warps[f->warp];
   w.exited |= 1u << f->lane;
   for (Rendezvous& r : w.rendezvous) {
@@ -145,44 +111,27 @@ void finish_thread(Fiber* f) {
     run_rendezvous(r);
     release_lanes(f->warp, arrived, -1);
   }
-  for (Barrier& b : machine.barriers[f->rank]) {
-    if (b.arrived && b.whole_block && b.arrived == machine.live_of[f->rank]) open_barrier(b);
-  }
-  Barrier& b = machine.cluster_barrier;
+  Barrier& b = machine.barrier;
   if (b.arrived && b.arrived == machine.live) open_barrier(b);
 }
 
-void reset_barriers() {
-  for (auto& of_block : machine.barriers) {
-    for (Barrier& b : of_block) b = Barrier{};
-  }
-  machine.cluster_barrier = Barrier{};
-}
-
-void barrier_sync(int id, int threads, bool arrive_only) {
-  arrive_at_barrier(id, threads, arrive_only, Vote::kNone, 0, nullptr);
-}
-
-int cluster_rank() { return running()->rank; }
-
-void cluster_sync() {
+int block_barrier(int predicate, Vote vote) {
   Fiber* f = running();
-  Barrier& b = machine.cluster_barrier;
+  Barrier& b = machine.barrier;
+  if (b.arrived && b.vote != vote) fail("__syncthreads: threads arrive at different kinds of it");
+  int result = 0;
+  b.vote = vote;
+  b.votes += predicate != 0;
   ++b.arrived;
   b.members.push_back(f->id);
-  b.receivers.push_back(f->id);
+  b.results.push_back(&result);
   if (b.arrived == machine.live) {
     open_barrier(b);
     maybe_yield();
   } else {
     b.waiting.push_back(f);
-    block_on("barrier of the cluster", 0);
+    block_on("__syncthreads", 0);
   }
-}
-
-int barrier_vote(int predicate, Vote vote) {
-  int result = 0;
-  arrive_at_barrier(0, kWholeBlock, false, vote, predicate, &result);
   return result;
 }
 

@@ -161,10 +161,10 @@ struct StagedSums {
   }
 
   // Finishes and writes them: the rows from `row` on, the columns from `column` on. Lane l brings output row
-  // row + l % 16.
-  template <class T>
+  // row + l % 16; `terms_of(c)` gives it the terms of its columns, those from c on, when registers are there for them.
+  template <class T, class TermsOf>
   VICO_DEVICE static void write(const ProjectionGroup& g, int row, int column, const float* stage,
-                                const OutputRow& lane_row) {
+                                const OutputRow& lane_row, const TermsOf& terms_of) {
     const int lane = static_cast<int>(threadIdx.x % 32), eight = lane % kRowLanes, c = column + 8 * eight;
     constexpr int kParts = kColumns / 32;  // of a row; lane l draws for part l % kParts of row l / kParts
     uint32_t drawn = 0;
@@ -172,7 +172,7 @@ struct StagedSums {
       const int64_t first = (row + lane / kParts % 16) * g.columns + column + 32 * (lane % kParts);
       drawn = kept_elements(g.mask, static_cast<uint64_t>(first));
     }
-    const ColumnTerms terms(g, c);
+    const ColumnTerms terms = terms_of(c);
     const bool wide = c + 8 <= g.columns && has_wide_rows(g);
     const float scale = static_cast<float>(g.mask.scale);
 #pragma unroll 1

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(Sm80Projection::kThreads, kWide ? 2 : 1)
     __syncwarp();
     const int row = tile.row + warp_row + 16 * i;
     const OutputRow lane_row = output_row<true>(g, row + lane % 16);
-    Staged::write<T>(g, row, column, stage, lane_row);
+    Staged::write<T>(g, row, column, stage, lane_row, [&](int c) { return ColumnTerms(g, c); });
   }
 }
 

@@ -1,9 +1,8 @@
 // The projection kernel for sm_90a: persistent, warp-specialised, TMA and wgmma.
 //
-// Clusters of two blocks compute tiles of 256 rows and kN columns, 128 rows each: each loads half of W's rows for both.
-// In a block, warp group 0 keeps a ring of stages filled, one thread of it issuing the copies; groups 1 and 2 multiply
-// 64 rows each, in steps of 64 along K. A stage holds 128 rows of A, then kN of W, each row 64 elements = 128 bytes,
-// swizzled. The ring goes on from tile to tile. A stage is empty when the consumers of both blocks have left it.
+// Warp group 0 keeps a ring of stages filled, one thread of it issuing the copies; groups 1 and 2 multiply 64 rows each
+// of a tile of 128 rows and kN columns, in steps of 64 along K. A stage holds 128 rows of A, then kN of W, each row 64
+// elements = 128 bytes, swizzled. The ring goes on from tile to tile.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +15,8 @@ namespace vico {
 
 template <int kN>
 struct Sm90Projection {
-  static constexpr int kRows = 128, kTileRows = 2 * kRows;  // of a block, of a cluster
-  static constexpr int kDepth = 64, kBoxRows = 64, kThreads = 384;
+  static constexpr int kRows = 128, kDepth = 64, kBoxRows = 64, kThreads = 384;
   static constexpr int kBoxBytes = kBoxRows * kDepth * 2;
-  static constexpr int kHalfOfW = kN / 2 * kDepth * 2;  // bytes
   static constexpr int kStageBytes = (kRows + kN) * kDepth * 2;
   static constexpr int kStages = kN == 256 ? 4 : 6;
   static constexpr int kSums = kStages * kStageBytes;  // behind the ring: a part of each consumer warp's sums
@@ -27,8 +24,7 @@ struct Sm90Projection {
 };
 
 // Of A: boxes of 64 rows, from rows {K, M}, or from tokens {rate * V, inner, outer, image tile, row of the block} with
-// (inner, outer) the output grid's columns and rows (its rows and columns if it is transposed). Of W {K, N}: kN / 2
-// rows.
+// (inner, outer) the output grid's columns and rows (its rows and columns if it is transposed). Of W {K, N}: kN rows.
 struct ProjectionMaps {
   CUtensorMap a[2], weight[2];
 };
@@ -104,30 +100,23 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
   if (tid == 0) {
     for (int s = 0; s < S::kStages; ++s) {
       ptx::mbarrier_init(&full[s], 1);
-      ptx::mbarrier_init(&empty[s], 16);  // the consumers' warps
+      ptx::mbarrier_init(&empty[s], 8);  // the consumers' warps
     }
     ptx::fence_mbarrier_init();
   }
-  ptx::cluster_sync();
-  const int rank = ptx::cluster_rank();
-  const auto find = [&](unsigned index) {
-    ProjectionTile tile = find_tile<S::kTileRows, kN>(p, index);
-    tile.row += rank * S::kRows;
-    return tile;
-  };
-  const unsigned first_tile = blockIdx.x / 2, clusters = gridDim.x / 2;
+  __syncthreads();
 
   RingPlace ring;
   if (warp_group == 0) {
     ptx::take_fewer_registers<40>();
     if (tid != 0) return;
 #pragma unroll 1
-    for (unsigned index = first_tile; index < tiles; index += clusters) {
-      const ProjectionTile tile = find(index);
+    for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
+      const ProjectionTile tile = find_tile<S::kRows, kN>(p, index);
       const ProjectionGroup& g = p.group[tile.group];
       const BoxOfA upper(g, tile.row), lower(g, tile.row + S::kBoxRows);
       const CUtensorMap *map_a = &maps.a[tile.group], *map_w = &maps.weight[tile.group];
-      const int depth = static_cast<int>(g.depth), row_of_w = tile.column + rank * (kN / 2);
+      const int depth = static_cast<int>(g.depth), column = tile.column;
 #pragma unroll 1
       for (int k = 0; k < depth; k += S::kDepth) {
         unsigned char* stage = shared + ring.stage * S::kStageBytes;
@@ -136,8 +125,8 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
         ptx::mbarrier_arrive_expect(landed, S::kStageBytes);
         upper.load(stage, map_a, k, landed);
         lower.load(stage + S::kBoxBytes, map_a, k, landed);
-        const int at[2] = {k, row_of_w};
-        ptx::tma_load_multicast(stage + 2 * S::kBoxBytes + rank * S::kHalfOfW, map_w, at, landed, 3);
+        const int at[2] = {k, column};
+        ptx::tma_load(stage + 2 * S::kBoxBytes, map_w, at, landed);
         ring.advance<S::kStages>();
       }
     }
@@ -149,15 +138,11 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
   const uint32_t ring_address = ptx::shared_address(shared);
   const uint64_t ring_a = operand(ring_address + static_cast<uint32_t>(box * S::kBoxBytes));
   const uint64_t ring_w = operand(ring_address + 2 * S::kBoxBytes);
-  const auto leave = [&](int stage) {
-    ptx::mbarrier_arrive_at(&empty[stage], 0);
-    ptx::mbarrier_arrive_at(&empty[stage], 1);
-  };
   using Staged = StagedSums<64>;
   float* staged = reinterpret_cast<float*>(shared + S::kSums) + (tid / 32 - 4) * Staged::kFloats;
 #pragma unroll 1
-  for (unsigned index = first_tile; index < tiles; index += clusters) {
-    const ProjectionTile tile = find(index);
+  for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const ProjectionTile tile = find_tile<S::kRows, kN>(p, index);
     const ProjectionGroup& g = p.group[tile.group];
     const int steps = static_cast<int>((g.depth + S::kDepth - 1) / S::kDepth);
     float sums[kN / 2] = {};
@@ -174,29 +159,29 @@ __global__ void __launch_bounds__(Sm90Projection<kN>::kThreads, 1)
       ptx::wgmma_commit();
       if (step > 0) {  // the step before is through: its stage may be filled again
         ptx::wgmma_wait<1>();
-        if (lane == 0) leave(previous);
+        if (lane == 0) ptx::mbarrier_arrive(&empty[previous]);
       }
       previous = ring.stage;
       ring.advance<S::kStages>();
     }
-    const int row = tile.row + box * S::kBoxRows + 16 * warp;
+    const int row = tile.row + box * S::kBoxRows + 16 * warp, lane_column = lane % Staged::kRowLanes * 8;
     const OutputRow lane_row = output_row<false>(g, row + lane % 16);
     ptx::wgmma_wait<0>();
-    if (lane == 0) leave(previous);
+    if (lane == 0) ptx::mbarrier_arrive(&empty[previous]);
 
 #pragma unroll 1
     for (int column = tile.column; column < tile.column + kN && column < g.columns; column += 64) {
-      __syncwarp();  // the part before is read
+      const ColumnTerms terms(g, column + lane_column);  // on their way while the sums are put
+      __syncwarp();                                      // the part before is read
 #pragma unroll
       for (int held = 0; held < kN / 64; ++held) {
         if (tile.column + 64 * held == column)
           Staged::put(staged, [&](int j, int r) { return sums[32 * held + 4 * j + r]; });
       }
       __syncwarp();
-      Staged::write<T>(g, row, column, staged, lane_row);
+      Staged::write<T>(g, row, column, staged, lane_row, [&](int) { return terms; });
     }
   }
-  ptx::cluster_sync();  // until then the other block may arrive at this one's barriers
 #else
   VICO_DEVICE_CHECK(false, "the projection needs machine code for sm_90a on this GPU, build with 90a-real");
 #endif
@@ -261,34 +246,32 @@ inline bool fits_sm90(const ProjectionGroup& g) {
 
 inline bool fits_sm90(const ProjectionParams& p) { return fits_sm90(p.group[0]) && fits_sm90(p.group[1]); }
 
-inline unsigned clusters_of(int multiprocessors) { return std::max(1u, static_cast<unsigned>(multiprocessors) / 2); }
-
 template <class T, int kN>
 void launch_projection_sm90(const ProjectionParams& p, int multiprocessors, cudaStream_t stream) {
   using S = Sm90Projection<kN>;
-  const unsigned tiles = checked_tiles<S::kTileRows, kN>(p);
+  const unsigned tiles = checked_tiles<S::kRows, kN>(p);
   if (tiles == 0) return;
   const MapElement element = p.dtype == Dtype::kHalf ? MapElement::kHalf : MapElement::kBFloat16;
   ProjectionMaps maps{};
   for (int i = 0; i < 2; ++i) {
     const ProjectionGroup& g = p.group[i];
-    if (tile_count<S::kTileRows, kN>(g) == 0) continue;
+    if (tile_count<S::kRows, kN>(g) == 0) continue;
     maps.a[i] = map_of_a(g, element);
-    maps.weight[i] = map_of_weight(g, element, kN / 2);
+    maps.weight[i] = map_of_weight(g, element, kN);
   }
   if (has_indices(p.group[0]) || has_indices(p.group[1])) {
     const auto rows = static_cast<unsigned>(std::max(p.group[0].rows, p.group[1].rows));
     launch(projection_indices_kernel, dim3((rows + 255) / 256, 2), dim3(256), 0, stream, p);
   }
-  launch_clusters(projection_sm90_kernel<T, kN>, 2, dim3(2 * std::min(tiles, clusters_of(multiprocessors))),
-                  dim3(S::kThreads), S::kShared, stream, p, maps, tiles);
+  launch(projection_sm90_kernel<T, kN>, dim3(std::min(tiles, static_cast<unsigned>(multiprocessors))),
+         dim3(S::kThreads), S::kShared, stream, p, maps, tiles);
 }
 
 inline void launch_projection_sm90(const ProjectionParams& params, int multiprocessors, cudaStream_t stream) {
   if (!fits_sm90(params)) throw std::runtime_error("the sm_90a projection kernel does not take these groups");
   const ProjectionParams p = deepest_first(params);
   // Smaller tiles where the large ones would leave multiprocessors without any.
-  const bool large = checked_tiles<Sm90Projection<256>::kTileRows, 256>(p) >= clusters_of(multiprocessors);
+  const bool large = checked_tiles<Sm90Projection<256>::kRows, 256>(p) >= static_cast<unsigned>(multiprocessors);
   dispatch_16bit(p.dtype, [&](auto element) {
     using T = decltype(element);
     large ? launch_projection_sm90<T, 256>(p, multiprocessors, stream)

@@ -51,13 +51,7 @@ void dump_tma_swizzles(Dump& dump, Random& random) {
 const Section kSections[] = {
     {"vector accesses", conformance::dump_vector_accesses},
     {"conversions", conformance::dump_conversions},
-    {"cp.async",
-     [](Dump& dump, Random& random) {
-       conformance::dump_cp_async<16, true>(dump, random);
-       conformance::dump_cp_async<4, false>(dump, random);
-       conformance::dump_cp_async<8, false>(dump, random);
-       conformance::dump_cp_async<16, false>(dump, random);
-     }},
+    {"cp.async", conformance::dump_cp_async},
     {"ldmatrix",
      [](Dump& dump, Random& random) {
        conformance::dump_ldmatrix<1, false>(dump, random);
@@ -94,17 +88,7 @@ const Section kSections[] = {
        conformance::dump_tma<2>(dump, random, vico::MapElement::kFloat, vico::ptx::Swizzle::k128);
        conformance::dump_tma<2>(dump, random, vico::MapElement::kHalf, vico::ptx::Swizzle::k64);
      }},
-    {"stmatrix",
-     [](Dump& dump, Random& random) {
-       conformance::dump_stmatrix<1, false>(dump, random);
-       conformance::dump_stmatrix<2, false>(dump, random);
-       conformance::dump_stmatrix<4, false>(dump, random);
-       conformance::dump_stmatrix<1, true>(dump, random);
-       conformance::dump_stmatrix<2, true>(dump, random);
-       conformance::dump_stmatrix<4, true>(dump, random);
-     }},
     {"registers", conformance::dump_registers},
-    {"cluster", conformance::dump_cluster},
     {"overlap", conformance::dump_overlap},
     {"wgmma kk", conformance::dump_wgmma_swizzles<false, false, false>},
     {"wgmma kn", conformance::dump_wgmma_swizzles<false, false, true>},

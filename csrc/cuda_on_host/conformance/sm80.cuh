@@ -64,16 +64,11 @@ inline void dump_conversions(Dump& dump, Random& random) {
 
 // ---- cp.async: rows of 16 bytes that hold 0xab before; each lane says how many bytes there are
 
-template <int kBytes, bool kPastL1>
 __global__ void cp_async_kernel(const uint4* in, const int* counts, uint4* out) {
   VICO_SHARED(uint4, rows, [2][32]);
   for (int r = 0; r < 2; ++r) {
     rows[r][threadIdx.x] = make_uint4(0xabababab, 0xabababab, 0xabababab, 0xabababab);
-    if constexpr (kPastL1) {
-      ptx::cp_async_16(&rows[r][threadIdx.x], in + 32 * r + threadIdx.x, counts[32 * r + threadIdx.x]);
-    } else {
-      ptx::cp_async<kBytes>(&rows[r][threadIdx.x], in + 32 * r + threadIdx.x, counts[32 * r + threadIdx.x]);
-    }
+    ptx::cp_async_16(&rows[r][threadIdx.x], in + 32 * r + threadIdx.x, counts[32 * r + threadIdx.x]);
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<1>();
@@ -84,17 +79,15 @@ __global__ void cp_async_kernel(const uint4* in, const int* counts, uint4* out) 
   out[32 + threadIdx.x] = rows[1][31 - threadIdx.x];
 }
 
-template <int kBytes, bool kPastL1>
-void dump_cp_async(Dump& dump, Random& random) {
-  const std::string name = "cp_async" + std::string(kPastL1 ? "_" : ".") + std::to_string(kBytes);
+inline void dump_cp_async(Dump& dump, Random& random) {
   std::vector<int> bytes(64);
-  for (int& n : bytes) n = random.below(kBytes + 1);
-  const auto in = dump.input(name + "/in", random.bits<uint8_t>(64 * 16), {2, 32, 16});
-  const auto counts = dump.input(name + "/bytes", bytes, {2, 32});
+  for (int& n : bytes) n = random.below(17);
+  const auto in = dump.input("cp_async/in", random.bits<uint8_t>(64 * 16), {2, 32, 16});
+  const auto counts = dump.input("cp_async/bytes", bytes, {2, 32});
   const Array<uint8_t> out{std::vector<uint8_t>(64 * 16)};
-  vico::launch(cp_async_kernel<kBytes, kPastL1>, 1, 32, 0, nullptr, reinterpret_cast<const uint4*>(in.data()),
-               counts.data(), reinterpret_cast<uint4*>(out.data()));
-  dump.output(name + "/out", out, {2, 32, 16});
+  vico::launch(cp_async_kernel, 1, 32, 0, nullptr, reinterpret_cast<const uint4*>(in.data()), counts.data(),
+               reinterpret_cast<uint4*>(out.data()));
+  dump.output("cp_async/out", out, {2, 32, 16});
 }
 
 // ---- ldmatrix
@@ -155,22 +148,15 @@ void dump_mma(Dump& dump, Random& random, const std::string& numbers, int limit)
   dump.output(name + "/out", out, {kWarps, 32, 4});
 }
 
-// ---- barriers: two warps write and go on, two wait for them
+// ---- the block's barrier, and its votes
 
 __global__ void barrier_kernel(const uint32_t* in, uint32_t* out, int* votes, uint32_t* addresses) {
-  VICO_SHARED(uint32_t, row, [64]);
-  VICO_SHARED(uint32_t, second, [64]);
+  VICO_SHARED(uint32_t, row, [128]);
   const unsigned t = threadIdx.x;
-  if (t < 64) {
-    row[t] = in[t];
-    ptx::barrier_arrive(1, 128);
-  } else {
-    ptx::barrier_sync(1, 128);
-    second[t - 64] = row[127 - t];
-    ptx::barrier_sync(2, 64);
-    out[t - 64] = second[(t + 5) % 64];
-  }
-  const int bit = static_cast<int>(in[t % 64] >> 7 & 1);
+  row[t] = in[t];
+  __syncthreads();
+  out[t] = row[127 - t];
+  const int bit = static_cast<int>(in[t] >> 7 & 1);
   const int any = __syncthreads_or(bit), every = __syncthreads_and(bit), none = __syncthreads_or(0),
             all = __syncthreads_and(1), count = __syncthreads_count(bit);
   votes[t * 5] = any != 0;
@@ -178,15 +164,15 @@ __global__ void barrier_kernel(const uint32_t* in, uint32_t* out, int* votes, ui
   votes[t * 5 + 2] = none != 0;
   votes[t * 5 + 3] = all != 0;
   votes[t * 5 + 4] = count;
-  addresses[t] = ptx::shared_address(row + t % 64) - ptx::shared_address(row);
+  addresses[t] = ptx::shared_address(row + t) - ptx::shared_address(row);
 }
 
 inline void dump_barriers(Dump& dump, Random& random) {
-  const auto in = dump.input("barrier/in", random.bits<uint32_t>(64), {64});
-  const Array<uint32_t> out{std::vector<uint32_t>(64)}, addresses{std::vector<uint32_t>(128)};
+  const auto in = dump.input("barrier/in", random.bits<uint32_t>(128), {128});
+  const Array<uint32_t> out{std::vector<uint32_t>(128)}, addresses{std::vector<uint32_t>(128)};
   const Array<int> votes{std::vector<int>(128 * 5)};
   vico::launch(barrier_kernel, 1, 128, 0, nullptr, in.data(), out.data(), votes.data(), addresses.data());
-  dump.output("barrier/out", out, {64});
+  dump.output("barrier/out", out, {128});
   dump.output("barrier/votes", votes, {128, 5});
   dump.output("barrier/addresses", addresses, {128});
 }

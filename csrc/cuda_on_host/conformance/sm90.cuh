@@ -8,58 +8,40 @@ namespace conformance {
 
 namespace ptx = vico::ptx;
 
-// ---- mbarrier: one thread takes it through its life and writes down what each test says
+// ---- mbarrier: a warp writes to a row four times, another reads it each time, and two barriers keep them apart
 
-__global__ void mbarrier_kernel(const uint4* in, const __grid_constant__ CUtensorMap map, int* log) {
-  VICO_DYNAMIC_SHARED(uint4, row);
+constexpr int kMbarrierRounds = 4;
+
+__global__ void mbarrier_kernel(const uint32_t* in, uint32_t* out) {
+  VICO_SHARED(uint32_t, row, [32]);
   VICO_SHARED(uint64_t, barrier, [2]);
-  if (threadIdx.x != 0) return;
-  int n = 0;
-  const auto test = [&](uint64_t* b) {
-    log[n++] = ptx::mbarrier_test(b, 0);
-    log[n++] = ptx::mbarrier_test(b, 1);
-  };
-  ptx::mbarrier_init(&barrier[0], 2);
-  test(&barrier[0]);
-  ptx::mbarrier_arrive(&barrier[0]);
-  test(&barrier[0]);
-  ptx::mbarrier_arrive(&barrier[0]);
-  test(&barrier[0]);  // phase 0 is over
-  ptx::mbarrier_arrive(&barrier[0]);
-  ptx::mbarrier_arrive(&barrier[0]);
-  test(&barrier[0]);  // phase 1 as well
-  ptx::mbarrier_invalidate(&barrier[0]);
-
-  ptx::mbarrier_init(&barrier[1], 1);
-  ptx::fence_mbarrier_init();
-  ptx::mbarrier_expect(&barrier[1], 16);
-  test(&barrier[1]);
-  ptx::mbarrier_arrive_expect(&barrier[1], 16);
-  test(&barrier[1]);  // no arrival is missing, 32 bytes are
-  const int at[1] = {8};
-  ptx::prefetch_tensor_map(&map);
-  ptx::tma_load(row, &map, at, &barrier[1]);
-  ptx::mbarrier_wait(&barrier[1], 0);
-  test(&barrier[1]);
-  log[n++] = row[0].x == in[1].x && row[0].w == in[1].w && row[1].y == in[2].y;
+  uint64_t *full = &barrier[0], *empty = &barrier[1];
+  const unsigned lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(full, 32);
+    ptx::mbarrier_init(empty, 1);
+  }
+  __syncthreads();
+  for (unsigned round = 0; round < kMbarrierRounds; ++round) {
+    if (threadIdx.x < 32) {
+      ptx::mbarrier_wait(empty, round % 2 ^ 1);  // the first of these passes at once
+      row[lane] = in[round * 32 + lane];
+      ptx::mbarrier_arrive(full);
+    } else {
+      ptx::mbarrier_wait(full, round % 2);
+      out[round * 32 + lane] = row[31 - lane];
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(empty);
+    }
+  }
 }
-
-inline vico::TensorMapShape row_of(void* base, uint64_t elements, uint32_t box) {
-  vico::TensorMapShape s;
-  s.base = base;
-  s.size[0] = elements;
-  s.box[0] = box;
-  return s;
-}
-
-constexpr size_t kMbarrierTests = 15;
 
 inline void dump_mbarrier(Dump& dump, Random& random) {
-  const Array<uint16_t> in(random.bits<uint16_t>(64));
-  const Array<int> log{std::vector<int>(kMbarrierTests, -1)};
-  vico::launch(mbarrier_kernel, 1, 32, 128, nullptr, reinterpret_cast<const uint4*>(in.data()),
-               vico::encode_tensor_map(row_of(in.data(), 64, 16)), log.data());
-  dump.output("mbarrier/log", log, {kMbarrierTests});
+  constexpr size_t kWords = kMbarrierRounds * 32;
+  const auto in = dump.input("mbarrier/in", random.bits<uint32_t>(kWords), {kMbarrierRounds, 32});
+  const Array<uint32_t> out{std::vector<uint32_t>(kWords)};
+  vico::launch(mbarrier_kernel, 1, 64, 0, nullptr, in.data(), out.data());
+  dump.output("mbarrier/out", out, {kMbarrierRounds, 32});
 }
 
 // ---- TMA
@@ -83,22 +65,6 @@ __global__ void tma_load_kernel(const __grid_constant__ CUtensorMap map, Coordin
   __syncthreads();
   ptx::mbarrier_wait(barrier, 0);
   for (int i = static_cast<int>(threadIdx.x); i < bytes / 4; i += static_cast<int>(blockDim.x)) out[i] = box[i];
-}
-
-template <int kRank>
-__global__ void tma_store_kernel(const __grid_constant__ CUtensorMap map, Coordinates c, int bytes,
-                                 const uint32_t* in) {
-  VICO_DYNAMIC_SHARED(uint32_t, box);
-  for (int i = static_cast<int>(threadIdx.x); i < bytes / 4; i += static_cast<int>(blockDim.x)) box[i] = in[i];
-  ptx::fence_proxy_async();
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  int at[kRank];
-  for (int d = 0; d < kRank; ++d) at[d] = c.at[d];
-  ptx::tma_store(&map, at, box);
-  ptx::bulk_commit();
-  ptx::bulk_wait_read<0>();
-  ptx::bulk_wait<0>();
 }
 
 // A box that hangs over the edges of a tensor [2][2][3][5][row]; ranks below 5 see its first part.
@@ -126,96 +92,16 @@ void dump_tma(Dump& dump, Random& random, vico::MapElement element, ptx::Swizzle
     tensor_bytes = s.stride[d - 1] * s.size[d];
     box_bytes *= static_cast<int>(s.box[d]);
   }
-  Coordinates load_at{}, store_at{};
-  for (int d = 0; d < kRank; ++d) {
-    load_at.at[d] = d ? kAt[d] : 72 - span / element_bytes / 2;
-    store_at.at[d] = d ? kAt[d] : -span / element_bytes / 2;
-  }
+  Coordinates at{};
+  for (int d = 0; d < kRank; ++d) at.at[d] = d ? kAt[d] : 72 - span / element_bytes / 2;
   const std::vector<uint8_t> contents = random.bits<uint8_t>(tensor_bytes);
   const size_t tensor_size = contents.size(), box_size = static_cast<size_t>(box_bytes);
   const auto tensor = dump.input(name + "/tensor", contents, {tensor_size});
   s.base = tensor.data();
   const CUtensorMap map = vico::encode_tensor_map(s);
   const Array<uint32_t> box{std::vector<uint32_t>(box_size / 4)};
-  vico::launch(tma_load_kernel<kRank>, 1, 64, box_size, nullptr, map, load_at, box_bytes, box.data());
+  vico::launch(tma_load_kernel<kRank>, 1, 64, box_size, nullptr, map, at, box_bytes, box.data());
   dump.output(name + "/loaded", box, {box_size / 4});
-
-  const auto from = dump.input(name + "/box", random.bits<uint32_t>(box_size / 4), {box_size / 4});
-  vico::launch(tma_store_kernel<kRank>, 1, 64, box_size, nullptr, map, store_at, box_bytes,
-               static_cast<const uint32_t*>(from.data()));
-  dump.output(name + "/stored", tensor, {tensor_size});
-}
-
-// ---- clusters: each of two blocks loads half of a tensor for both, and takes part in both blocks' second barrier
-
-constexpr int kClusterRows = 16;
-
-__global__ void cluster_kernel(const __grid_constant__ CUtensorMap map, uint32_t* out) {
-  VICO_DYNAMIC_SHARED(uint32_t, box);
-  VICO_SHARED(uint64_t, barrier, [2]);
-  const int rank = ptx::cluster_rank();
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_init(&barrier[0], 1);
-    ptx::mbarrier_init(&barrier[1], 2);
-    ptx::fence_mbarrier_init();
-  }
-  ptx::cluster_sync();
-  if (threadIdx.x == 0) {
-    const int at[2] = {0, rank * kClusterRows / 2};
-    ptx::mbarrier_arrive_expect(&barrier[0], kClusterRows * 16);
-    ptx::tma_load_multicast(box + rank * kClusterRows * 2, &map, at, &barrier[0], 3);
-  }
-  if (threadIdx.x < 2) ptx::mbarrier_arrive_at(&barrier[1], static_cast<int>(threadIdx.x));
-  ptx::mbarrier_wait(&barrier[0], 0);
-  ptx::mbarrier_wait(&barrier[1], 0);
-  uint32_t* to = out + blockIdx.x * (kClusterRows * 4 + 1);
-  to[threadIdx.x] = box[threadIdx.x];
-  if (threadIdx.x == 0) to[kClusterRows * 4] = static_cast<uint32_t>(rank);
-  ptx::cluster_sync();
-}
-
-inline void dump_cluster(Dump& dump, Random& random) {
-  constexpr size_t kWords = kClusterRows * 4, kBlocks = 4;
-  const auto in = dump.input("cluster/in", random.bits<uint32_t>(kWords), {kWords});
-  vico::TensorMapShape s;
-  s.rank = 2;
-  s.base = in.data();
-  s.size[0] = s.box[0] = 8;
-  s.size[1] = kClusterRows;
-  s.box[1] = kClusterRows / 2;
-  s.stride[0] = 16;
-  const Array<uint32_t> out{std::vector<uint32_t>(kBlocks * (kWords + 1))};
-  vico::launch_clusters(cluster_kernel, 2, kBlocks, kWords, kWords * 4, nullptr, vico::encode_tensor_map(s),
-                        out.data());
-  dump.output("cluster/out", out, {kBlocks, kWords + 1});
-}
-
-// ---- stmatrix
-
-template <int kCount, bool kTransposed>
-__global__ void stmatrix_kernel(const uint32_t* in, uint4* out) {
-  VICO_SHARED(uint4, rows, [32]);
-  rows[threadIdx.x] = make_uint4(0, 0, 0, 0);
-  __syncwarp();
-  uint32_t r[kCount];
-  for (int i = 0; i < kCount; ++i) r[i] = in[threadIdx.x * kCount + i];
-  if constexpr (kTransposed) {
-    ptx::stmatrix_transposed(r, &rows[threadIdx.x % (8 * kCount)]);
-  } else {
-    ptx::stmatrix(r, &rows[threadIdx.x % (8 * kCount)]);
-  }
-  __syncwarp();
-  out[threadIdx.x] = rows[threadIdx.x];
-}
-
-template <int kCount, bool kTransposed>
-void dump_stmatrix(Dump& dump, Random& random) {
-  const std::string name = "stmatrix" + std::string(kTransposed ? "_transposed" : "") + ".x" + std::to_string(kCount);
-  const auto in = dump.input(name + "/in", random.bits<uint32_t>(32 * kCount), {32, kCount});
-  const Array<uint16_t> out{std::vector<uint16_t>(32 * 8)};
-  vico::launch(stmatrix_kernel<kCount, kTransposed>, 1, 32, 0, nullptr, in.data(),
-               reinterpret_cast<uint4*>(out.data()));
-  dump.output(name + "/out", out, {32, 8});
 }
 
 // ---- setmaxnreg: values survive it. 384 threads of 168 registers; 40 + 2 x 232 are as many.

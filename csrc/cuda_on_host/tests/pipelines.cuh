@@ -2,8 +2,8 @@
 //
 //   cp_async_product   C[16, 8] = A[16, K] B[8, K]^T: cp.async in two stages, ldmatrix, mma.sync; one warp computes,
 //                      all four copy
-//   tma_product        C[64, 64] = A[64, K] B[64, K]^T: one producer warp (TMA, mbarrier ring), four consumer warps
-//                      (wgmma), result through shared memory and a TMA store
+//   tma_product        C[64, 64] = -A[64, K] B[64, K]^T: one producer warp (TMA, mbarrier ring), four consumer warps
+//                      (wgmma), which turn the signs of A in shared memory before they multiply
 #pragma once
 
 #include "common/tensor_map.cuh"
@@ -25,7 +25,6 @@ enum class Bug {
   kNoWgmmaWait,
   kNoWgmmaFence,
   kNoMbarrierFence,
-  kNoStoreWait,
 };
 
 constexpr int kDepth = 16;  // of one stage of cp_async_product
@@ -70,18 +69,20 @@ __global__ void cp_async_product(const BFloat16* a, const BFloat16* b, float* c,
 }
 
 constexpr int kStages = 3, kTileBytes = 64 * 64 * 2;  // a tile: 64 rows of 128 bytes, swizzled
-constexpr int kProductShared = 2 * kStages * kTileBytes + 64 * 64 * 4;
+constexpr int kProductShared = 2 * kStages * kTileBytes;
 
 __global__ void tma_product(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-                            const __grid_constant__ CUtensorMap map_c, int steps, Bug bug) {
-  VICO_DYNAMIC_SHARED(unsigned char, shared);  // A's stages, B's, and C as two 64 x 32 halves
+                            float* c, int steps, Bug bug) {
+  VICO_DYNAMIC_SHARED(unsigned char, shared);  // A's stages, B's
   VICO_SHARED(uint64_t, full, [kStages]);
+  VICO_SHARED(uint64_t, turned, [kStages]);
   VICO_SHARED(uint64_t, empty, [kStages]);
-  unsigned char *tiles_a = shared, *tiles_b = shared + kStages * kTileBytes, *tile_c = tiles_b + kStages * kTileBytes;
+  unsigned char *tiles_a = shared, *tiles_b = shared + kStages * kTileBytes;
   const int tid = static_cast<int>(threadIdx.x), warp = tid >> 5, lane = tid & 31;
   if (tid == 0) {
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(&full[s], 1);
+      ptx::mbarrier_init(&turned[s], 128);
       ptx::mbarrier_init(&empty[s], 4);
     }
     if (bug != Bug::kNoMbarrierFence) ptx::fence_mbarrier_init();
@@ -103,7 +104,12 @@ __global__ void tma_product(const __grid_constant__ CUtensorMap map_a, const __g
   for (int step = 0; step < steps; ++step) {
     const int s = step % kStages;
     ptx::mbarrier_wait(&full[s], (step / kStages & 1) ^ (bug == Bug::kParity ? 1 : 0));
-    const uint32_t a = ptx::shared_address(tiles_a + s * kTileBytes);
+    auto* words = reinterpret_cast<uint32_t*>(tiles_a + s * kTileBytes);
+    for (int i = tid; i < kTileBytes / 4; i += 128) words[i] ^= 0x80008000u;
+    if (bug != Bug::kNoProxyFence) ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(&turned[s]);
+    ptx::mbarrier_wait(&turned[s], step / kStages & 1);
+    const uint32_t a = ptx::shared_address(words);
     const uint32_t b = ptx::shared_address(tiles_b + s * kTileBytes);
     if (bug != Bug::kNoWgmmaFence) ptx::wgmma_fence();
     for (int k = 0; k < 4; ++k) {
@@ -114,20 +120,9 @@ __global__ void tma_product(const __grid_constant__ CUtensorMap map_a, const __g
     if (bug != Bug::kNoWgmmaWait) ptx::wgmma_wait<0>();
     if (lane == 0) ptx::mbarrier_arrive(&empty[s]);
   }
-  for (int i = 0; i < 32; i += 2) {
-    const int r = warp * 16 + (lane >> 2) + 8 * (i >> 1 & 1), column = (i >> 2) * 8 + (lane & 3) * 2;
-    const int chunk = (column & 31) >> 2;  // of 16 bytes, swizzled by the row
-    unsigned char* p = tile_c + (column >> 5) * 8192 + r * 128 + (chunk ^ (r & 7)) * 16 + (column & 3) * 4;
-    *reinterpret_cast<float2*>(p) = make_float2(d[i], d[i + 1]);
-  }
-  if (bug != Bug::kNoProxyFence) ptx::fence_proxy_async();
-  ptx::barrier_sync(1, 128);
-  if (tid == 0) {
-    const int left[2] = {0, 0}, right[2] = {32, 0};
-    ptx::tma_store(&map_c, left, tile_c);
-    ptx::tma_store(&map_c, right, tile_c + 8192);
-    ptx::bulk_commit();
-    if (bug != Bug::kNoStoreWait) ptx::bulk_wait_read<0>();
+  for (int i = 0; i < 32; ++i) {
+    const int r = warp * 16 + (lane >> 2) + 8 * (i >> 1 & 1), column = (i >> 2) * 8 + (lane & 3) * 2 + (i & 1);
+    c[r * 64 + column] = d[i];
   }
 }
 

@@ -1,6 +1,6 @@
 // Bugs in the use of memory and in synchronisation, planted one by one: the harness must catch each of them
 // (python_tests/test_cuda_on_host.py says with which build), and pass the same kernel without it.
-#include "common/ptx.cuh"
+#include "common/ptx_sm90.cuh"
 #include "cuda_on_host/tests/harness.h"
 
 using coh::Buffer;
@@ -100,8 +100,14 @@ __global__ void ldmatrix_kernel(uint32_t* out, int lanes) {
   out[threadIdx.x] = r[0] & 0xffff;
 }
 
-__global__ void named_barrier_kernel(int* out, int threads) {
-  if (static_cast<int>(threadIdx.x) < threads) vico::ptx::barrier_sync(1, kThreads);
+__global__ void mbarrier_kernel(int* out, int threads) {
+  VICO_SHARED(uint64_t, barrier, [1]);
+  if (threadIdx.x == 0) vico::ptx::mbarrier_init(barrier, kThreads);
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < threads) {
+    vico::ptx::mbarrier_arrive(barrier);
+    vico::ptx::mbarrier_wait(barrier, 0);
+  }
   out[threadIdx.x] = static_cast<int>(threadIdx.x);
 }
 
@@ -234,7 +240,7 @@ COH_CASE(divergent_ldmatrix) {
 
 COH_CASE(deadlock) {
   Buffer<int> out(kThreads);
-  vico::launch(named_barrier_kernel, 1, kThreads, 0, nullptr, out.data(), planted ? kThreads / 2 : kThreads);
+  vico::launch(mbarrier_kernel, 1, kThreads, 0, nullptr, out.data(), planted ? kThreads / 2 : kThreads);
   expect_iota(out, 1);
 }
 

@@ -8,8 +8,8 @@ using namespace coh_test;
 using vico::BFloat16;
 using vico::Half;
 
-// On four multiprocessors, two clusters, so that persistent blocks have several tiles each.
-void kernel(const vico::ProjectionParams& p, cudaStream_t stream) { vico::launch_projection_sm90(p, 4, stream); }
+// On three multiprocessors, so that persistent blocks have several tiles each.
+void kernel(const vico::ProjectionParams& p, cudaStream_t stream) { vico::launch_projection_sm90(p, 3, stream); }
 
 GroupProblem rows(int64_t tiles, int64_t tile_rows, int64_t columns, int64_t depth) {
   GroupProblem q;
@@ -38,9 +38,9 @@ COH_CASE(small_tiles) {
 }
 // Seven steps through six stages.
 COH_CASE(small_ring_wraps) { project<Half>(kernel, {rows(1, 5, 8, 7 * 64)}); }
-// Four tiles of 256 x 256 for two clusters: the ring goes on from tile to tile.
+// Four tiles of 128 x 256 for three blocks: the ring goes on from tile to tile.
 COH_CASE(large_tiles_persist) {
-  GroupProblem q = rows(1, 258, 264, 168);
+  GroupProblem q = rows(1, 130, 264, 168);
   q.bias = q.gelu = true;
   project<BFloat16>(kernel, {q});
 }
