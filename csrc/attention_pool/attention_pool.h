@@ -44,10 +44,10 @@ struct AttentionPoolShape {
   VICO_INLINE int64_t cuda_chunks() const { return (count + cuda_chunk - 1) / cuda_chunk; }
   VICO_INLINE int64_t cuda_head_groups() const { return (heads + kCudaHeads - 1) / kCudaHeads; }
   VICO_INLINE bool may_fuse() const { return element_size(dtype) == 2 && channels <= kFusedChannels; }
-  // What one head group of a chunk leaves to combine: sums [kCudaHeads, padded channels], and for each head the
-  // maximum, the sum of the weights and the sum of the weights as the tensor cores saw them.
+  // What one head group of a chunk leaves to combine, in floats: 16-bit means [kCudaHeads, padded channels] and three
+  // floats for each head (PoolPartial).
   VICO_INLINE int64_t cuda_padded_channels() const { return (channels + 7) / 8 * 8; }
-  VICO_INLINE int64_t cuda_partial_size() const { return kCudaHeads * (cuda_padded_channels() + 3); }
+  VICO_INLINE int64_t cuda_partial_size() const { return kCudaHeads * (cuda_padded_channels() / 2 + 3); }
   // Weights of all tokens, [tiles, head groups, count, kCudaHeads].
   VICO_INLINE int64_t cuda_weights_size() const { return tiles * cuda_head_groups() * count * kCudaHeads; }
   // Elements of `partial`.

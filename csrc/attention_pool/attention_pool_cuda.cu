@@ -237,7 +237,7 @@ void check_pool_launch(const AttentionPoolShape& s) {
   constexpr int64_t kMost = INT32_MAX, kMostGroups = 65535;
   const int64_t tokens = s.tiles * s.count, rows = s.tiles * s.heads;
   if (tokens > kMost || s.channels > kMost || s.tiles * ((s.channels + 31) / 32) > kMost || rows > kMost ||
-      rows * ((s.channels + 7) / 8) / kCombineThreads >= kMost || s.cuda_head_groups() > kMostGroups) {
+      rows * combine_parts(s) > kMost || s.cuda_head_groups() > kMostGroups) {
     throw std::runtime_error("attention_pool of " + std::to_string(s.tiles) + " tiles of " + std::to_string(s.count) +
                              " tokens, " + std::to_string(s.channels) + " channels and " + std::to_string(s.heads) +
                              " heads: its CUDA kernels take up to 2^31 - 1 tokens and channels and 65535 * 16 heads");

@@ -59,6 +59,22 @@ struct SkinnyBlock {
     if (p.gelu) y[0] = gelu_of(y[0]);
     store_pack(static_cast<T*>(p.y) + (row + r) * p.groups * p.features + at, pack_of<T, 1>(y));
   }
+  // Features f .. f + 7 of 16 bits, aligned.
+  template <class T, bool kGelu>
+  VICO_DEVICE void store8(const SkinnyLinearParams& p, int r, int f, float (&sum)[8]) const {
+    const float scale = static_cast<float>(p.scale);
+    const int64_t at = group * p.features + feature + f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (p.bias) sum[j] += value_of(static_cast<const T*>(p.bias)[at + j]);
+      sum[j] *= scale;
+    }
+    if (kGelu && p.gelu) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j] = gelu_of(sum[j]);
+    }
+    store_pack(static_cast<T*>(p.y) + (row + r) * p.groups * p.features + at, pack_of<T, 8>(sum));
+  }
 };
 
 inline unsigned skinny_blocks(const SkinnyLinearParams& p, int64_t most_features, int64_t most_rows) {
@@ -71,8 +87,6 @@ inline unsigned skinny_blocks(const SkinnyLinearParams& p, int64_t most_features
   }
   return static_cast<unsigned>(blocks);
 }
-
-VICO_DEVICE uint4 load16_if(bool there, const void* p) { return there ? ptx::load16(p) : make_uint4(0, 0, 0, 0); }
 
 // ---- tensor cores, depth next to each other: a warp's step is 32 of the depth
 
@@ -195,32 +209,76 @@ __global__ void __launch_bounds__(D::kThreads, D::kBlocks)
 
 // ---- tensor cores, features next to each other: 64 features a block; a warp's step is 16 of the depth
 
-constexpr int kColumnWarps = 4, kColumnFeatures = 64, kColumnDepth = 16;
+constexpr int kColumnFeatures = 64, kColumnDepth = 16;
+
+// A block of kTiles tiles of 8 rows whose kBlockWarps warps share the depth.
+template <int kTiles, int kBlockWarps>
+struct SkinnyColumns {
+  static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps, kRows = 8 * kTiles;
+  static constexpr int kStride = kColumnFeatures + 4;                         // between rows of sums
+  static constexpr int kStepBytes = 32 * (4 * 16 + kTiles * 8), kStages = 8;  // of a warp: weight, x
+  static constexpr int kStagesBytes = kWarps * kStages * kStepBytes;
+  static constexpr int kSumsBytes = kWarps > 1 ? kWarps* kRows* kStride* static_cast<int>(sizeof(float)) : 0;
+  static constexpr int kSharedBytes = kSumsBytes > kStagesBytes ? kSumsBytes : kStagesBytes;
+};
 
 // Lane (g, t) reads features 8 g .. 8 g + 7 at depths 4 t .. 4 t + 3. Of matrix instruction j, feature 8 g + 2 j is row
-// g and feature 8 g + 2 j + 1 row g + 8.
-template <class T, int kTiles>
-__global__ void __launch_bounds__(32 * kColumnWarps)
-    skinny_columns_kernel(const __grid_constant__ SkinnyLinearParams p) {
-  constexpr int kStride = kColumnFeatures + 2;
-  VICO_SHARED(float, parts, [kColumnWarps][8 * kTiles][kStride]);
+// g and feature 8 g + 2 j + 1 row g + 8: the lane ends with 8 neighbouring features of 2 kTiles rows. What it reads
+// waits in shared memory as in skinny_dot_kernel, so that memory has all of a short depth to read at once, and the
+// weight while the kernel before ends. A warp that has all the depth needs neither the others nor their sums.
+template <class T, int kTiles, int kBlockWarps, class D = SkinnyColumns<kTiles, kBlockWarps>>
+__global__ void __launch_bounds__(D::kThreads) skinny_columns_kernel(const __grid_constant__ SkinnyLinearParams p) {
+  VICO_DYNAMIC_SHARED(unsigned char, shared);
+  const SkinnyBlock block(p, kColumnFeatures, D::kRows);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+  const int64_t start = int64_t{warp} * kColumnDepth + 4 * t;
+  const T* weight = block.weight<T>(p) + start * p.depth_stride + 8 * g;
+  const T* x = block.x<T>(p) + g * p.groups * p.depth + start;
   ptx::let_next_kernel_begin();
-  ptx::wait_for_earlier_kernels();
-  const SkinnyBlock block(p, kColumnFeatures, 8 * kTiles);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int g = lane / 4, t = lane % 4;
-  const T* weight = block.weight<T>(p) + 4 * t * p.depth_stride + 8 * g;
-  const T* x = block.x<T>(p) + g * p.groups * p.depth + 4 * t;
   const int64_t x_tile = 8 * p.groups * p.depth;
+  constexpr int kStepDepth = D::kWarps * kColumnDepth;
+  const int left = static_cast<int>(p.depth - start);  // of the depth, from the first step; a multiple of 4
+  const int steps = static_cast<int>((p.depth - int64_t{warp} * kColumnDepth + kStepDepth - 1) / kStepDepth);
+  const bool is_feature = 8 * g < block.features;
+  unsigned char* mine = shared + warp * D::kStages * D::kStepBytes;
+  const auto weight_at = [&](int slot, int i) { return mine + slot * D::kStepBytes + (i * 32 + lane) * 16; };
+  const auto x_at = [&](int slot, int n) { return mine + slot * D::kStepBytes + 4 * 32 * 16 + (n * 32 + lane) * 8; };
+
+  const auto stage_weight = [&](int slot, int step) {
+    const bool there = is_feature && left > step * kStepDepth;
+    const T* from = there ? weight + int64_t{step} * kStepDepth * p.depth_stride : static_cast<const T*>(p.weight);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      ptx::cp_async_16(weight_at(slot, i), from, there ? 16 : 0);
+      if (there) from += p.depth_stride;
+    }
+  };
+  const auto stage_x = [&](int slot, int step) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const bool there = g + 8 * n < block.rows && left > step * kStepDepth;
+      ptx::cp_async<8>(x_at(slot, n), there ? x + step * kStepDepth + n * x_tile : static_cast<const T*>(p.x),
+                       there ? 8 : 0);
+    }
+  };
+#pragma unroll 1
+  for (int step = 0; step < D::kStages && step < steps; ++step) stage_weight(step, step);
+  ptx::wait_for_earlier_kernels();
+#pragma unroll 1
+  for (int step = 0; step < D::kStages; ++step) {
+    if (step < steps) stage_x(step, step);
+    ptx::cp_async_commit();
+  }
 
   float sums[4][kTiles][4] = {};
-#pragma unroll 2
-  for (int64_t k = int64_t{warp} * kColumnDepth; k < p.depth; k += kColumnWarps * kColumnDepth) {
+  int slot = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<D::kStages - 1>();
     uint32_t w[4][4];  // [depth][pair of features]
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4 four =
-          load16_if(k + 4 * t + i < p.depth && 8 * g < block.features, weight + (k + i) * p.depth_stride);
+      const uint4 four = ptx::load16(weight_at(slot, i));
       w[i][0] = four.x;
       w[i][1] = four.y;
       w[i][2] = four.z;
@@ -228,10 +286,7 @@ __global__ void __launch_bounds__(32 * kColumnWarps)
     }
     uint2 b[kTiles];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const bool there = k + 4 * t < p.depth && g + 8 * n < block.rows;
-      b[n] = there ? *reinterpret_cast<const uint2*>(x + k + n * x_tile) : make_uint2(0, 0);
-    }
+    for (int n = 0; n < kTiles; ++n) b[n] = *reinterpret_cast<const uint2*>(x_at(slot, n));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const auto lows = [&](int i) { return (w[i][j] & 0xffffu) | w[i + 1][j] << 16; };
@@ -240,26 +295,51 @@ __global__ void __launch_bounds__(32 * kColumnWarps)
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) mma<T>(sums[j][n], a, {b[n].x, b[n].y});
     }
+    if (step + D::kStages < steps) {
+      stage_weight(slot, step + D::kStages);
+      stage_x(slot, step + D::kStages);
+    }
+    ptx::cp_async_commit();
+    slot = slot + 1 == D::kStages ? 0 : slot + 1;
   }
+  ptx::cp_async_wait<0>();
+
+  float* parts = reinterpret_cast<float*>(shared);  // [D::kWarps, kRows, kStride]
+  if constexpr (D::kWarps > 1) __syncthreads();     // the sums lie where other threads' steps were
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 2; ++i) {
+      const int r = 8 * n + 2 * t + i;
+      float sum[8];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        *reinterpret_cast<float2*>(&parts[warp][8 * n + 2 * t + i][8 * g + 2 * j]) =
-            make_float2(sums[j][n][i], sums[j][n][i + 2]);
+      for (int j = 0; j < 4; ++j) {
+        sum[2 * j] = sums[j][n][i];
+        sum[2 * j + 1] = sums[j][n][i + 2];
+      }
+      if constexpr (D::kWarps > 1) {
+        store_values(parts + (warp * D::kRows + r) * D::kStride + 8 * g, sum);
+      } else if (r < block.rows && is_feature) {
+        block.store8<T, false>(p, r, 8 * g, sum);
       }
     }
   }
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < block.rows * kColumnFeatures; i += 32 * kColumnWarps) {
-    const int r = i / kColumnFeatures, f = i % kColumnFeatures;
-    if (f >= block.features) continue;
-    float sum = parts[0][r][f];
+  if constexpr (D::kWarps > 1) {
+    __syncthreads();
+    for (int i = thread; i < block.rows * 8; i += D::kThreads) {
+      const int r = i / 8, f = i % 8 * 8;
+      if (f >= block.features) continue;
+      float sum[8];
+      load_values(sum, parts + r * D::kStride + f);
 #pragma unroll
-    for (int w = 1; w < kColumnWarps; ++w) sum += parts[w][r][f];
-    block.store<T>(p, r, f, sum);
+      for (int w = 1; w < D::kWarps; ++w) {
+        float more[8];
+        load_values(more, parts + (w * D::kRows + r) * D::kStride + f);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[j] += more[j];
+      }
+      block.store8<T, true>(p, r, f, sum);
+    }
   }
 }
 
@@ -366,10 +446,19 @@ void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
   skinny_dot_cuda<T, 4>(p, stream);
 }
 
+template <class T, int kTiles, int kWarps>
+void skinny_columns_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
+  using D = SkinnyColumns<kTiles, kWarps>;
+  launch_early(p.chained, skinny_columns_kernel<T, kTiles, kWarps>, dim3(skinny_blocks(p, kColumnFeatures, D::kRows)),
+               dim3(D::kThreads), D::kSharedBytes, stream, p);
+}
+// Whether one warp takes all the depth: a short one, and enough features for every multiprocessor.
+bool is_short(const SkinnyLinearParams& p) {
+  return p.depth <= 256 && p.groups * p.features >= 128 * kColumnFeatures && !p.gelu;
+}
 template <class T, int kTiles>
 void skinny_columns_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
-  launch_early(p.chained, skinny_columns_kernel<T, kTiles>, dim3(skinny_blocks(p, kColumnFeatures, 8 * kTiles)),
-               dim3(32 * kColumnWarps), 0, stream, p);
+  is_short(p) ? skinny_columns_cuda<T, kTiles, 1>(p, stream) : skinny_columns_cuda<T, kTiles, 4>(p, stream);
 }
 template <class T>
 void skinny_columns_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
@@ -378,11 +467,11 @@ void skinny_columns_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
   skinny_columns_cuda<T, 4>(p, stream);
 }
 
-// Whether the tensor core kernels can read x and the weight in their packs.
+// Whether the tensor core kernels can read x and the weight in their packs, and write y in packs of features.
 bool is_wide(const SkinnyLinearParams& p) {
   if (!is_aligned16(p.x) || !is_aligned16(p.weight) || p.group_stride % 8 != 0) return false;
   if (p.depth_stride == 1) return p.feature_stride % 8 == 0 && p.depth % 8 == 0;
-  return p.depth_stride % 8 == 0 && p.features % 8 == 0 && p.depth % 4 == 0;
+  return is_aligned16(p.y) && p.depth_stride % 8 == 0 && p.features % 8 == 0 && p.depth % 4 == 0;
 }
 
 }  // namespace
@@ -395,8 +484,9 @@ void skinny_linear_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
       if (is_wide(p)) return p.depth_stride == 1 ? skinny_dot_cuda<T>(p, stream) : skinny_columns_cuda<T>(p, stream);
     }
     if (p.depth_stride == 1) {
-      launch_early(p.chained, skinny_plain_dot_kernel<T>, dim3(skinny_blocks(p, kPlainWarps * kPlainFeatures, kPlainRows)),
-                   dim3(32 * kPlainWarps), 0, stream, p);
+      launch_early(p.chained, skinny_plain_dot_kernel<T>,
+                   dim3(skinny_blocks(p, kPlainWarps * kPlainFeatures, kPlainRows)), dim3(32 * kPlainWarps), 0, stream,
+                   p);
     } else {
       launch_early(p.chained, skinny_plain_columns_kernel<T>, dim3(skinny_blocks(p, 32, kPlainRows)),
                    dim3(32 * kPlainColumnWarps), 0, stream, p);

@@ -40,6 +40,7 @@ const Problem kProblems[] = {
     {1, 1, 8, 4, true},
     {10, 2, 72, 20, true, true, 8},
     {33, 1, 8, 68, true, false},
+    {9, 1, 40, 580, true},
     {4, 2, 6, 12, true},
     {9, 1, 40, 9, true, true, 3, 1},
 };
@@ -48,6 +49,7 @@ const Problem kProblems[] = {
 const Problem kManyFeatures[] = {
     {18, 8, 257, 40, false, true, 8},
     {18, 1, 8200, 24},
+    {17, 16, 520, 132, true, true, 8},  // each warp has all the depth, which is more than it reads ahead
 };
 
 size_t size(int64_t n) { return static_cast<size_t>(n); }
