@@ -69,7 +69,9 @@ conformance() {
   if [ "$device" = cuda ]; then sh csrc/cuda_on_host/conformance.sh record; else sh -n csrc/cuda_on_host/conformance.sh; fi
 }
 workers() {  # options that spread tests over processes, where pytest-xdist is there
-  "$python" -c 'import xdist' 2>/dev/null && echo "-n ${WORKERS:-12} --dist worksteal"
+  count=$(nproc)
+  [ "$count" -le 12 ] || count=12
+  "$python" -c 'import xdist' 2>/dev/null && echo "-n ${WORKERS:-$count} --dist worksteal"
 }
 tests() {
   cd python_tests || return 1
