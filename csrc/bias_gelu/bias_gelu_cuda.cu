@@ -132,7 +132,8 @@ void bias_gelu_cuda(const BiasGeluParams& params, cudaStream_t stream) {
   if (p.elements == 0) return;
   if (!p.bias) p.columns = p.elements;  // one long row
   const bool wide = is_wide(p, p.out, p.out);
-  const int64_t rows = p.elements / p.columns, chunk_rows = cuda_chunk_rows(rows, p.columns, p.dtype);
+  const int64_t rows = p.elements / p.columns;
+  const int64_t chunk_rows = cuda_chunk_rows(rows, p.columns, p.dtype, kCudaForwardRows);
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kN = kPackWidth<T>;

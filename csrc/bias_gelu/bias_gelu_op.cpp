@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_op(const Tensor& grad_out_in, cons
   // Without a bias rows mean nothing: any length will do that splits the elements well.
   p.columns = bias ? x.size(x.dim() - 1) : 512;
   const int64_t rows = (p.elements + p.columns - 1) / std::max<int64_t>(1, p.columns);
-  if (on_cuda(x)) p.chunk_rows = cuda_chunk_rows(rows, p.columns, p.dtype);
+  if (on_cuda(x)) p.chunk_rows = cuda_chunk_rows(rows, p.columns, p.dtype, kCudaBackwardRows);
   const int64_t chunks = chunk_count(rows, p.chunk_rows);
   Tensor partials = make_partials(x, p.dtype, bias ? chunks : 0, p.columns);
   p.grad_out = grad_out.const_data_ptr();

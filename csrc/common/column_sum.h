@@ -18,13 +18,15 @@ VICO_INLINE int64_t chunk_count(int64_t rows, int64_t chunk_rows = kChunkRows) {
   return (rows + chunk_rows - 1) / chunk_rows;
 }
 
-// Rows per chunk of the CUDA kernels that work in row chunks (common/row_chunks.cuh): enough blocks to fill a large
-// GPU, or else rows enough to have several in flight. A function of the problem alone, like the sums that depend on it.
-VICO_INLINE int64_t cuda_chunk_rows(int64_t rows, int64_t columns, Dtype dtype) {
+// Rows per chunk of the CUDA kernels that work in row chunks (common/row_chunks.cuh): at most `most`, fewer where that
+// would not fill a large GPU, but enough to have several in flight. A function of the problem alone, like the sums that
+// depend on it. Small chunks end evenly and leave little for a last wave, larger ones leave fewer partial sums.
+constexpr int64_t kCudaForwardRows = 8, kCudaBackwardRows = 16;
+VICO_INLINE int64_t cuda_chunk_rows(int64_t rows, int64_t columns, Dtype dtype, int64_t most) {
   constexpr int64_t kSlabBytes = 128 * 16, kBlocks = 8 * 132, kLeast = 4;
   const int64_t slabs = (columns * element_size(dtype) + kSlabBytes - 1) / kSlabBytes;
   const int64_t wanted = (rows * slabs + kBlocks - 1) / kBlocks;
-  return wanted < kLeast ? kLeast : wanted > kChunkRows ? kChunkRows : wanted;
+  return wanted < kLeast ? kLeast : wanted > most ? most : wanted;
 }
 
 struct ColumnSumParams {

@@ -1,12 +1,13 @@
 // CUDA kernel of the chunked column sums: out[c] = sum over chunks k of partials[k][c], in one fixed order.
 //
-// A block sums 32 columns: warp w adds chunks w, w + 8, ... in order, then the warps' sums are added in order.
+// A block sums 32 columns: warp w adds chunks w, w + 16, ... in order, several on their way, then the warps' sums are
+// added in order.
 #include "common/column_sum.h"
 #include "common/pack.cuh"
 
 namespace vico {
 
-constexpr int kColumnSumWarps = 8;
+constexpr int kColumnSumWarps = 16;
 
 template <class T>
 __global__ void __launch_bounds__(32 * kColumnSumWarps)
@@ -18,6 +19,7 @@ __global__ void __launch_bounds__(32 * kColumnSumWarps)
   A total = 0;
   if (column < p.columns) {
     const A* partials = static_cast<const A*>(p.partials) + column;
+#pragma unroll 8
     for (int64_t k = warp; k < p.chunks; k += kColumnSumWarps) total += partials[k * p.chunk_stride];
   }
   sums[warp][lane] = total;

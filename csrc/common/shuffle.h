@@ -51,6 +51,11 @@ VICO_INLINE ShuffleShape contiguous(ShuffleShape s) {
   return s;
 }
 
+// Whether the tokens of a block are so near each other that packs between them can be counted in 32 bits.
+VICO_INLINE bool has_near_tokens(const ShuffleShape& s, int64_t pack_width) {
+  return s.row_offset(s.rate) / pack_width <= UINT32_MAX;
+}
+
 // Whether all tokens begin at multiples of 16 bytes.
 VICO_INLINE bool has_aligned_tokens(const ShuffleShape& s, int64_t element_bytes, const void* tokens) {
   return is_aligned16(tokens) && s.channels * element_bytes % 16 == 0 && s.token_stride * element_bytes % 16 == 0 &&

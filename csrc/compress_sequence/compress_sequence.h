@@ -63,9 +63,7 @@ VICO_CPU_KERNEL(count_kept, const CompressSequenceParams&, int64_t begin, int64_
 VICO_CPU_KERNEL(compress_sequence, const CompressSequenceParams&, int64_t begin, int64_t end)
 VICO_CPU_KERNEL(renumber_positions, const RenumberPositionsParams&, int64_t begin, int64_t end)
 
-void count_placeholders_cuda(const KeepPlaceholdersParams& p, cudaStream_t stream);
 void keep_placeholders_cuda(const KeepPlaceholdersParams& p, cudaStream_t stream);
-void count_kept_cuda(const CompressSequenceParams& p, cudaStream_t stream);
 void compress_sequence_cuda(const CompressSequenceParams& p, cudaStream_t stream);
 void renumber_positions_cuda(const RenumberPositionsParams& p, cudaStream_t stream);
 

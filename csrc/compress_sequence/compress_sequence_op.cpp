@@ -75,7 +75,6 @@ std::tuple<Tensor, Tensor> keep_placeholders_op(const Tensor& input_ids_in, cons
     p.begin = row_facts.mutable_data_ptr<int64_t>();
     p.end = p.begin + rows;
     p.placeholders = p.end + rows;
-    VICO_CUDA_CALL(count_placeholders, p, input_ids);
     VICO_CUDA_CALL(keep_placeholders, p, input_ids);
     return {keep, counts};
   }
@@ -118,7 +117,6 @@ std::tuple<Tensor, Tensor> compress_sequence_op(const Tensor& input_ids_in, cons
     Tensor row_facts = make_tensor(input_ids, {2, p.rows});
     p.counts = row_facts.mutable_data_ptr<int64_t>();
     p.visual = p.counts + p.rows;
-    VICO_CUDA_CALL(count_kept, p, input_ids);
     VICO_CUDA_CALL(compress_sequence, p, input_ids);
     return {position, source};
   }

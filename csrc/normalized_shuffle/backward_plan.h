@@ -10,12 +10,12 @@ constexpr unsigned kBackwardThreads = 512;
 constexpr int64_t kMaxRowsPerChunk = 64;
 
 struct NormalizedShuffleBackwardPlan {
-  int units = 0;  // packs per thread of the resident kernel; 0: the streaming kernels
+  int units = 0;  // packs per thread of the resident kernel, where the device has room; 0: the streaming kernels
   bool wide = false;
   int64_t rows_per_chunk = 1;
-  int64_t chunks = 0;     // partials [chunks, 2, out_channels]
-  int64_t row_means = 0;  // elements of `row_means`, sum type
-  size_t shared_bytes = 0;
+  int64_t chunks = 0;         // partials [chunks, 2, out_channels]
+  int64_t row_means = 0;      // elements of `row_means`, sum type
+  size_t repeated_bytes = 0;  // of shared memory
 };
 
 inline NormalizedShuffleBackwardPlan plan_normalized_shuffle_backward(const NormalizedShuffleBackwardParams& p) {
@@ -29,19 +29,13 @@ inline NormalizedShuffleBackwardPlan plan_normalized_shuffle_backward(const Norm
   plan.rows_per_chunk = (blocks + kEnoughChunks - 1) / kEnoughChunks;
   if (plan.rows_per_chunk > kMaxRowsPerChunk) plan.rows_per_chunk = kMaxRowsPerChunk;
   plan.chunks = (blocks + plan.rows_per_chunk - 1) / plan.rows_per_chunk;
-  const int64_t packs = s.out_channels() * bytes / 16;
+  const int64_t packs = s.out_channels() * bytes / 16, width = 16 / bytes;
+  if (plan.wide && p.dtype != Dtype::kDouble && has_near_tokens(s, width) && has_near_tokens(contiguous(s), width)) {
+    plan.units = packs <= 512 ? 1 : packs <= 2048 ? 2 : 0;
+  }
   // Where a tile may have been selected twice, sums of grad_tokens wait in shared memory.
-  const size_t repeated = p.tile_offsets && p.grad_tokens ? static_cast<size_t>(s.out_channels()) * sizeof(float) : 0;
-  if (plan.wide && p.dtype != Dtype::kDouble && repeated <= 200 * 1024) {
-    for (int units : {1, 2, 4}) {
-      if (plan.units == 0 && packs <= units * int64_t{kBackwardThreads}) plan.units = units;
-    }
-  }
-  if (plan.units) {
-    plan.shared_bytes = repeated;
-  } else {
-    plan.row_means = 2 * s.selected * s.out_tokens();
-  }
+  if (p.tile_offsets && p.grad_tokens) plan.repeated_bytes = static_cast<size_t>(s.out_channels()) * sizeof(float);
+  plan.row_means = 2 * s.selected * s.out_tokens();
   return plan;
 }
 

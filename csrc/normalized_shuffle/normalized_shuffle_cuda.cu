@@ -1,9 +1,8 @@
 // CUDA forward kernels of normalized_shuffle.
 //
-// Resident kernel: a block takes a few output tokens; thread t holds packs t, t + threads, ... of each row in
-// registers, so that a row is read once, for mean, centred squares and result alike. Weight and bias are loaded once
-// for all rows of the block. Streaming kernel: any row length, alignment and type; a row is read three times, twice
-// from the caches.
+// Resident kernel: a block goes from output token to output token; thread t has packs t, t + threads, ... of each row
+// in shared memory, so that a row is read once, for mean, centred squares and result alike. Streaming kernel: any row
+// length, alignment and type; a row is read three times, twice from the caches.
 #include <algorithm>
 
 #include "common/block_reduce.cuh"
@@ -205,11 +204,6 @@ void launch_normalized_shuffle_resident(const NormalizedShuffleParams& p, unsign
   const unsigned most = together * static_cast<unsigned>(multiprocessor_count(current_device()));
   launch(normalized_shuffle_resident_kernel<T, kUnits>, dim3(std::min(rows, most)), dim3(threads), shared_bytes, stream,
          p, TokenBlocks(p.shape), two_rows);
-}
-
-// Whether the tokens of a block are so near each other that the resident kernel can count packs in 32 bits.
-inline bool has_near_tokens(const ShuffleShape& s, int64_t pack_width) {
-  return s.row_offset(s.rate) / pack_width <= UINT32_MAX;
 }
 
 void normalized_shuffle_cuda(const NormalizedShuffleParams& p, cudaStream_t stream) {

@@ -161,7 +161,7 @@ bool has_aligned_rows(const PackShape& s, Dtype dtype) { return s.hidden * eleme
 
 void pack_tokens_cuda(const PackTokensParams& p, cudaStream_t stream) {
   const PackShape& s = p.shape;
-  const int64_t chunk_rows = cuda_chunk_rows(s.rows(), s.hidden, p.dtype);
+  const int64_t chunk_rows = cuda_chunk_rows(s.rows(), s.hidden, p.dtype, kCudaForwardRows);
   const bool wide = has_aligned_rows(s, p.dtype) && is_aligned16(p.full) && is_aligned16(p.compressed) &&
                     is_aligned16(p.full_bias) && is_aligned16(p.compressed_bias) && is_aligned16(p.out);
   dispatch(p.dtype, [&](auto element) {

@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_tokens_backward_op(const Tensor&
   Tensor grad_full_bias = make_tensor(grad_out_in, {s.hidden}, sum_type);
   Tensor grad_compressed_bias = make_tensor(grad_out_in, {s.hidden}, sum_type);
   const Tensor grad_out = to_contiguous(grad_out_in);
-  if (on_cuda(grad_out)) p.chunk_rows = cuda_chunk_rows(s.rows(), s.hidden, p.dtype);
+  if (on_cuda(grad_out)) p.chunk_rows = cuda_chunk_rows(s.rows(), s.hidden, p.dtype, kCudaBackwardRows);
   const int64_t full_chunks = chunk_count(s.full_rows(), p.chunk_rows);
   const int64_t compressed_chunks = chunk_count(s.compressed_rows(), p.chunk_rows);
   Tensor partials = make_partials(grad_out, p.dtype, full_chunks + compressed_chunks, s.hidden);

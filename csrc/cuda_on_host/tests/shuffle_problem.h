@@ -44,7 +44,9 @@ inline const std::vector<ShuffleProblem>& shuffle_problems() {
       {1, 2, 4, 1000, 2, 1, false, Gather::kRepeated},
       {1, 4, 4, 2056, 4, 0},
       {1, 4, 4, 129, 4, 1},
-      {2, 20, 24, 8, 2, 1, true, Gather::kSome},  // more rows than blocks that run at a time
+      {1, 4, 4, 520, 4, 1, false, Gather::kRepeated},
+      {6, 20, 24, 8, 2, 1, true, Gather::kSome},  // more rows than blocks that run at a time, or than chunks
+      {6, 20, 20, 8, 2, 1, false, Gather::kRepeated},
   };
   return all;
 }

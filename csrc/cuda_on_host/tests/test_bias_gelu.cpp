@@ -151,7 +151,7 @@ void backward() {
     p.dtype = kDtype<T>;
     p.columns = problem.columns;
     p.elements = static_cast<int64_t>(size);
-    p.chunk_rows = vico::cuda_chunk_rows(problem.rows, problem.columns, p.dtype);
+    p.chunk_rows = vico::cuda_chunk_rows(problem.rows, problem.columns, p.dtype, vico::kCudaBackwardRows);
     const int64_t chunks = vico::chunk_count(problem.rows, p.chunk_rows);
     Buffer<A> partials(static_cast<size_t>(chunks) * columns);
     p.grad_out = grad_out.data();

@@ -226,5 +226,13 @@ COH_CASE(backward_bfloat16) { backward<vico::BFloat16>(); }
 COH_CASE(backward_half) { backward<vico::Half>(); }
 COH_CASE(backward_float) { backward<float>(); }
 COH_CASE(backward_double) { backward<double>(); }
+COH_CASE(backward_with_less_shared_memory) {
+  const size_t before = vico::host_shared_memory_limit;
+  for (size_t limit : {40 * 1024, 1024}) {  // no row ahead, streaming
+    vico::host_shared_memory_limit = limit;
+    backward<vico::BFloat16>();
+  }
+  vico::host_shared_memory_limit = before;
+}
 
 COH_MAIN
