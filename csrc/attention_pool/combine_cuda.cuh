@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kCombineThreads, 8)
   const int c = static_cast<int>(item % parts) * 256 + lane * 8, padded = static_cast<int>(s.cuda_padded_channels());
   const int chunks = static_cast<int>(s.cuda_chunks());
   const bool is_row = row < s.tiles * s.heads, has_channels = is_row && c < padded;
-  const PoolPartial<const T> partial(s, p.partial, tile, head / kPoolHeads, 0);
+  const PoolPartial<const T> partial(s, p.partial, head / kPoolHeads, int64_t{tile} * chunks);
   const int64_t size = s.cuda_partial_size();
   const T* means = partial.means + head % kPoolHeads * padded + c;
   const float* statistics = partial.statistics + lane / kCombineChunks * kPoolHeads + head % kPoolHeads;

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
   ptx::cp_async_wait<0>();
 
   // Nobody reads parts of scores any more.
-  const PoolPartial<T> partial(s, p.partial, tile, blockIdx.y, chunk);
+  const PoolPartial<T> partial(s, p.partial, blockIdx.y, blockIdx.x);
   if (thread < kPoolHeads * F::kLanes) {
 #pragma unroll
     for (int delta = 1; delta < F::kLanes; delta *= 2) {

@@ -27,9 +27,9 @@ struct PoolPartial {
   T* means;           // [kPoolHeads, padded channels]
   float* statistics;  // [3, kPoolHeads]
 
-  VICO_DEVICE PoolPartial(const AttentionPoolShape& s, void* all, int64_t tile, int64_t group, int64_t chunk) {
-    float* mine = static_cast<float*>(all) +
-                  ((tile * s.cuda_head_groups() + group) * s.cuda_chunks() + chunk) * s.cuda_partial_size();
+  // `chunk` of all tiles' chunks.
+  VICO_DEVICE PoolPartial(const AttentionPoolShape& s, void* all, int64_t group, int64_t chunk) {
+    float* mine = static_cast<float*>(all) + (group * s.tiles * s.cuda_chunks() + chunk) * s.cuda_partial_size();
     means = reinterpret_cast<T*>(mine);
     statistics = mine + kPoolHeads * s.cuda_padded_channels() / 2;
   }
