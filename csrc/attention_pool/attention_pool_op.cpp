@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "attention_pool/attention_pool.h"
-#include "common/door.h"
+#include "door/door.h"
 
 namespace vico {
 namespace {

@@ -1,7 +1,7 @@
 // The door of bias_gelu: checks, allocation, threads or launch.
 #include "bias_gelu/bias_gelu.h"
 #include "bias_gelu/dropout_args.h"
-#include "common/parameter.h"
+#include "door/parameter.h"
 
 namespace vico {
 namespace {

@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "bias_gelu/bias_gelu.h"
-#include "common/door.h"
+#include "door/door.h"
 
 namespace vico {
 

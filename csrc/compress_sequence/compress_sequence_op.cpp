@@ -1,6 +1,6 @@
 // The door of compress_sequence: checks, allocation, threads or launch.
-#include "common/door.h"
 #include "compress_sequence/compress_sequence.h"
+#include "door/door.h"
 
 namespace vico {
 namespace {

@@ -2,8 +2,8 @@
 // states and heads between them, is composed in vico_ext/ops/consistency.py.
 #include <tuple>
 
-#include "common/door.h"
 #include "consistency/consistency.h"
+#include "door/door.h"
 
 namespace vico {
 namespace {

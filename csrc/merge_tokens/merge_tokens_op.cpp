@@ -1,5 +1,5 @@
 // The door of merge_tokens: checks, allocation, threads or launch.
-#include "common/door.h"
+#include "door/door.h"
 #include "merge_tokens/merge_tokens.h"
 
 namespace vico {

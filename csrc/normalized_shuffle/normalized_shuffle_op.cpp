@@ -1,6 +1,6 @@
 // The door of normalized_shuffle: checks, allocation, threads or launch.
-#include "common/parameter.h"
-#include "common/shuffle_args.h"
+#include "door/parameter.h"
+#include "door/shuffle_args.h"
 #include "normalized_shuffle/backward_plan.h"
 #include "normalized_shuffle/normalized_shuffle.h"
 

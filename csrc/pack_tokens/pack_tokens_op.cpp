@@ -1,5 +1,5 @@
 // The door of pack_tokens: checks, allocation, threads or launch.
-#include "common/parameter.h"
+#include "door/parameter.h"
 #include "pack_tokens/plan_args.h"
 
 namespace vico {

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/door.h"
+#include "door/door.h"
 #include "pack_tokens/pack_tokens.h"
 
 namespace vico {

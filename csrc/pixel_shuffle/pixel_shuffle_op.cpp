@@ -1,5 +1,5 @@
 // The door of pixel_shuffle: checks, allocation, threads or launch.
-#include "common/shuffle_args.h"
+#include "door/shuffle_args.h"
 #include "pixel_shuffle/pixel_shuffle.h"
 
 namespace vico {

@@ -3,7 +3,7 @@
 #include <array>
 
 #include "bias_gelu/dropout_args.h"
-#include "common/parameter.h"
+#include "door/parameter.h"
 #include "pack_tokens/plan_args.h"
 #include "projection/projection.h"
 

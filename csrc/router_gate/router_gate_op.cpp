@@ -1,5 +1,5 @@
 // The door of router_gate: checks, work areas, one call. CUDA alone has a kernel, see router_pool.
-#include "common/door.h"
+#include "door/door.h"
 #include "router_gate/router_gate.h"
 
 namespace vico {

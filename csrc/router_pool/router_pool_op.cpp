@@ -2,7 +2,7 @@
 // Python (vico_ext/functional/router.py), where a launch costs nothing that would be worth saving.
 #include <array>
 
-#include "common/door.h"
+#include "door/door.h"
 #include "router_pool/router_pool.h"
 
 namespace vico {

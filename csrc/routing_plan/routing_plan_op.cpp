@@ -2,7 +2,7 @@
 // statistics.
 #include <array>
 
-#include "common/door.h"
+#include "door/door.h"
 #include "routing_plan/routing_plan.h"
 
 namespace vico {

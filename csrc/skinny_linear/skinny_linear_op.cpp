@@ -1,5 +1,5 @@
 // The door of skinny_linear: checks, allocation, threads or launch.
-#include "common/door.h"
+#include "door/door.h"
 #include "skinny_linear/skinny_linear.h"
 
 namespace vico {

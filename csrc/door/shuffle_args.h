@@ -3,9 +3,9 @@
 
 #include <limits>
 
-#include "common/door.h"
 #include "common/shuffle.h"
 #include "common/tile_map.h"
+#include "door/door.h"
 
 namespace vico {
 

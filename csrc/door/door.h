@@ -18,7 +18,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/cuda_stream.h"
-#include "common/tensor.h"
+#include "door/tensor.h"
 
 namespace vico {
 

@@ -1,6 +1,6 @@
 // The doors' way to CUDA. Nothing here, or anywhere in the extension, links to libtorch_cuda or to the driver: one
 // binary imports on every torch, and libtorch_cuda is asked for its stream only once there is a CUDA tensor.
-#include "common/door.h"
+#include "door/door.h"
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/column_sum.h"
-#include "common/door.h"
+#include "door/door.h"
 
 namespace vico {
 

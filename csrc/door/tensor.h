@@ -1,5 +1,5 @@
 // What the op doors share: checks that speak the user's words, and tensors of the stable ABI as plain pointers.
-// The only header besides <op>_op.cpp and registration.cpp that sees torch.
+// This room, the doors (<op>_op.cpp) and registration.cpp alone see torch.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
