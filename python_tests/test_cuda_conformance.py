@@ -94,9 +94,10 @@ def test_conversions(dump: dict[str, Case]) -> None:
 
 
 def test_cp_async(dump: dict[str, Case]) -> None:
-    case = dump["cp_async"]
-    copied = np.where(np.arange(16) < case["bytes"][..., None], case["in"], 0)
-    np.testing.assert_array_equal(case["out"], copied[:, ::-1])
+    for width in (8, 16):
+        case, at = dump[f"cp_async.{width}"], np.arange(16)
+        copied = np.where(at < case["bytes"][..., None], case["in"], 0)
+        np.testing.assert_array_equal(case["out"], np.where(at < width, copied, 0xAB)[:, ::-1])
 
 
 @pytest.mark.parametrize("name", ["ldmatrix", "ldmatrix_transposed"])

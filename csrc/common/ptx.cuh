@@ -119,7 +119,16 @@ VICO_DEVICE void cp_async_16(void* to, const void* from, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");
 #else
-  coh::copy_async(to, from, bytes);
+  coh::copy_async(to, from, 16, bytes);
+#endif
+}
+// 8 bytes, through the L1 cache.
+VICO_DEVICE void cp_async_8(void* to, const void* from, int bytes = 8) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+#else
+  coh::copy_async(to, from, 8, bytes);
 #endif
 }
 VICO_DEVICE void cp_async_commit() {

@@ -17,8 +17,7 @@ void run_copy(ThreadCopy& c) {
 
 // ---- cp.async. Until a copy takes effect its target reads as poison.
 
-void copy_async(void* to, const void* from, int from_bytes) {
-  constexpr int bytes = 16;
+void copy_async(void* to, const void* from, int bytes, int from_bytes) {
   const auto misaligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes); };
   if (misaligned(to) || misaligned(from)) fail("cp.async: misaligned %d-byte copy", bytes);
   if (from_bytes < 0 || from_bytes > bytes) fail("cp.async: %d source bytes of %d", from_bytes, bytes);

@@ -15,7 +15,7 @@ void check_vector(const void* p, int bytes, const char* what);
 inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
 // ---- cp.async
-void copy_async(void* to, const void* from, int bytes);
+void copy_async(void* to, const void* from, int bytes, int from_bytes);
 void copy_async_commit();
 void copy_async_wait(int keep);
 

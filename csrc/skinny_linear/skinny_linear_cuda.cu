@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(D::kThreads) skinny_columns_kernel(const __gri
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const bool there = g + 8 * n < block.rows && left > step * kStepDepth;
-      ptx::cp_async<8>(x_at(slot, n), there ? x + step * kStepDepth + n * x_tile : static_cast<const T*>(p.x),
-                       there ? 8 : 0);
+      ptx::cp_async_8(x_at(slot, n), there ? x + step * kStepDepth + n * x_tile : static_cast<const T*>(p.x),
+                      there ? 8 : 0);
     }
   };
 #pragma unroll 1

@@ -51,7 +51,11 @@ void dump_tma_swizzles(Dump& dump, Random& random) {
 const Section kSections[] = {
     {"vector accesses", conformance::dump_vector_accesses},
     {"conversions", conformance::dump_conversions},
-    {"cp.async", conformance::dump_cp_async},
+    {"cp.async",
+     [](Dump& dump, Random& random) {
+       conformance::dump_cp_async<16>(dump, random);
+       conformance::dump_cp_async<8>(dump, random);
+     }},
     {"ldmatrix",
      [](Dump& dump, Random& random) {
        conformance::dump_ldmatrix<1, false>(dump, random);

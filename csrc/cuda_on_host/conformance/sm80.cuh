@@ -64,11 +64,17 @@ inline void dump_conversions(Dump& dump, Random& random) {
 
 // ---- cp.async: rows of 16 bytes that hold 0xab before; each lane says how many bytes there are
 
+template <int kBytes>
 __global__ void cp_async_kernel(const uint4* in, const int* counts, uint4* out) {
   VICO_SHARED(uint4, rows, [2][32]);
   for (int r = 0; r < 2; ++r) {
     rows[r][threadIdx.x] = make_uint4(0xabababab, 0xabababab, 0xabababab, 0xabababab);
-    ptx::cp_async_16(&rows[r][threadIdx.x], in + 32 * r + threadIdx.x, counts[32 * r + threadIdx.x]);
+    const int count = counts[32 * r + threadIdx.x];
+    if constexpr (kBytes == 16) {
+      ptx::cp_async_16(&rows[r][threadIdx.x], in + 32 * r + threadIdx.x, count);
+    } else {
+      ptx::cp_async_8(&rows[r][threadIdx.x], in + 32 * r + threadIdx.x, count);
+    }
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<1>();
@@ -79,15 +85,17 @@ __global__ void cp_async_kernel(const uint4* in, const int* counts, uint4* out) 
   out[32 + threadIdx.x] = rows[1][31 - threadIdx.x];
 }
 
-inline void dump_cp_async(Dump& dump, Random& random) {
+template <int kBytes>
+void dump_cp_async(Dump& dump, Random& random) {
+  const std::string name = "cp_async." + std::to_string(kBytes);
   std::vector<int> bytes(64);
-  for (int& n : bytes) n = random.below(17);
-  const auto in = dump.input("cp_async/in", random.bits<uint8_t>(64 * 16), {2, 32, 16});
-  const auto counts = dump.input("cp_async/bytes", bytes, {2, 32});
+  for (int& n : bytes) n = random.below(kBytes + 1);
+  const auto in = dump.input(name + "/in", random.bits<uint8_t>(64 * 16), {2, 32, 16});
+  const auto counts = dump.input(name + "/bytes", bytes, {2, 32});
   const Array<uint8_t> out{std::vector<uint8_t>(64 * 16)};
-  vico::launch(cp_async_kernel, 1, 32, 0, nullptr, reinterpret_cast<const uint4*>(in.data()), counts.data(),
+  vico::launch(cp_async_kernel<kBytes>, 1, 32, 0, nullptr, reinterpret_cast<const uint4*>(in.data()), counts.data(),
                reinterpret_cast<uint4*>(out.data()));
-  dump.output("cp_async/out", out, {2, 32, 16});
+  dump.output(name + "/out", out, {2, 32, 16});
 }
 
 // ---- ldmatrix
