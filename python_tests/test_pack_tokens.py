@@ -54,19 +54,24 @@ def test_gradients_as_accurate_as_torch(problem):
     dtype = problem[0].dtype
     grad_out = torch.randn(problem[2].total_tokens, problem[0].shape[2]).to(dtype)
 
-    def gradients(fn, dtype):
+    def gradients(fn, dtype, grad_out=grad_out):
         leaves = [t.to(dtype).requires_grad_() if isinstance(t, torch.Tensor) else t for t in problem]
         inputs = [t for t in leaves if isinstance(t, torch.Tensor)]
         grads = torch.autograd.grad(fn(*leaves), inputs, grad_out.to(dtype), allow_unused=fn is _expected)
         return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
 
-    ours, eager = gradients(VF.pack_tokens, dtype), gradients(_expected, dtype)
-    for i, (got, torchs, exact) in enumerate(zip(ours, eager, gradients(_expected, torch.float64), strict=True)):
+    ours, eager, exacts = (
+        gradients(VF.pack_tokens, dtype),
+        gradients(_expected, dtype),
+        gradients(_expected, torch.float64),
+    )
+    sizes = gradients(_expected, torch.float64, grad_out.abs())
+    for i, (got, torchs, exact, terms) in enumerate(zip(ours, eager, exacts, sizes, strict=True)):
         assert got.dtype == dtype
         if i < 2:
             assert torch.equal(got, torchs)
         else:
-            assert_as_accurate(got, torchs, exact, roundings=8)
+            assert_as_accurate(got, torchs, exact, roundings=8, terms=terms)
 
 
 def test_float32_bias_beside_16_bit_rows():

@@ -20,14 +20,25 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def assert_as_accurate(got: Tensor, eager: Tensor, exact: Tensor, ratio: float = 2.0, roundings: float = 1.0) -> None:
+def assert_as_accurate(
+    got: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    ratio: float = 2.0,
+    roundings: float = 1.0,
+    terms: Tensor | None = None,
+) -> None:
     """`got` is within `ratio` of the error that torch's own `eager` result has against `exact` (fp64).
 
     Where torch happens to be (nearly) exact, one rounding of the dtype is granted; more `roundings` for tensors of few
-    elements, whose errors do not average out.
+    elements, whose errors do not average out. Where sums may cancel, ``terms`` are the sums of their terms' magnitudes,
+    of which two roundings of the sums' type are granted.
     """
     ours, torchs = relative_error(got, exact), relative_error(eager, exact)
     rounding = roundings * torch.finfo(got.dtype).eps / 2
+    if terms is not None:
+        sums = torch.float64 if got.dtype == torch.float64 else torch.float32
+        rounding = max(rounding, 2 * torch.finfo(sums).eps * float(terms.double().norm() / exact.double().norm()))
     assert ours <= max(ratio * torchs, rounding), f"error {ours:.3e}, torch's own {torchs:.3e} in {got.dtype}"
 
 

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from timing import Timer, ceilings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
 import cases
 import whole
 from cases import B1, B8, SMOKE, Case, Size
@@ -116,7 +117,7 @@ def certificate(device: str) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD") or os.environ.get("VICO_COMMIT", "unknown"),
         "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).replace(f"{ROOT}/", ""),
         "dtype": "bfloat16",
         "device": "CPU",
     }
