@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from timing import Timer, ceilings
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cases
 import whole
 from cases import B1, B8, SMOKE, Case, Size
@@ -34,6 +33,7 @@ from cases import B1, B8, SMOKE, Case, Size
 import vico_ext
 from vico_ext import _C
 
+ROOT = Path(__file__).resolve().parents[2]
 V1024, V3200 = B1, Size("38B", 3200, 5120)
 
 
