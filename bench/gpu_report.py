@@ -45,7 +45,8 @@ def _note(entry: dict[str, Any], gemms: dict[tuple[str, int], float]) -> str:
     if entry["case"] in ("visual_side", "visual_side_graph") and (entry["size"], entry["tiles"]) in gemms:
         notes.append(f"{ours / gemms[entry['size'], entry['tiles']]:.2f}× the bare GEMMs")
     if "of_copy_bandwidth" in entry:
-        notes.append(f"{100 * entry['of_copy_bandwidth']:.0f}% of the bandwidth of a copy of as many bytes")
+        kind = "a copy of as many bytes" if "copy" in times else "a copy of 1 GiB"
+        notes.append(f"{100 * entry['of_copy_bandwidth']:.0f}% of the bandwidth of {kind}")
     if "gemms" in times:
         notes.append(f"{times['gemms']['p50'] / ours:.2f}× as fast as the bare GEMMs by cuBLAS")
     if "eager" in times:
@@ -90,4 +91,5 @@ def gpu_table(record: dict[str, Any] | None) -> str:
         f"{ceiling['product_operations_per_second'] / 1e12:.0f} TFLOP/s; commit {facts['commit'][:10]}"
         f"{', with uncommitted changes' if facts['uncommitted'] else ''}, {facts['date'][:10]}; `{facts['command']}`."
     )
-    return f"{certificate}\n\n{HEADER}\n" + "\n".join(rows) + skipped
+    title = f"### {facts['device']}, commit {facts['commit'][:7]}"
+    return f"{title}\n\n{certificate}\n\n{HEADER}\n" + "\n".join(rows) + skipped

@@ -15,7 +15,7 @@ from gpu_report import gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench" / "results" / "cpu.json"
-GPU_RECORD = ROOT / "bench" / "results" / "gpu.json"
+GPU_RECORDS = "gpu*.json"  # gpu.json as `make gpu` writes it; records of other cards or commits under longer names
 README, GPU_PAGE = ROOT / "README.md", ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- benchmarks: written by bench/report.py -->", "<!-- benchmarks: end -->"
 HEADER = (
@@ -89,10 +89,11 @@ def main() -> int:
     if args.show_gpu:
         print(gpu_table(json.loads(args.show_gpu.read_text())))
         return 0
-    gpu_record = json.loads(GPU_RECORD.read_text()) if GPU_RECORD.exists() else None
+    gpu_records = [json.loads(path.read_text()) for path in sorted(RECORD.parent.glob(GPU_RECORDS))]
+    gpu_tables = "\n\n".join(map(gpu_table, gpu_records or [None]))
     pages = [
         update(README, tables(json.loads(RECORD.read_text())), check=args.check),
-        update(GPU_PAGE, f"{BEGIN}\n{gpu_table(gpu_record)}\n{END}", check=args.check),
+        update(GPU_PAGE, f"{BEGIN}\n{gpu_tables}\n{END}", check=args.check),
     ]
     return 0 if all(pages) else 1
 

@@ -107,15 +107,16 @@ def git(*arguments: str) -> str:
 
 def certificate(device: str) -> dict[str, Any]:
     """What the numbers were measured on and with; no host's name."""
+    sent = os.environ.get("VICO_COMMIT")
     facts: dict[str, Any] = {
         "vico_ext": vico_ext.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "kernels": _C.cuda,
         "compiler": _C.compiler,
-        # Where the sources travel without their repository, whoever sends them says which they are.
-        "commit": git("rev-parse", "HEAD") or os.environ.get("VICO_COMMIT", "unknown"),
-        "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no")),
+        # Where the sources travel without their repository, or beside an older one, the sender says which they are.
+        "commit": sent or git("rev-parse", "HEAD") or "unknown",
+        "uncommitted": not sent and bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]).replace(f"{ROOT}/", ""),
         "dtype": "bfloat16",
@@ -183,10 +184,17 @@ def main() -> int:
     }
     record["ceilings"] = ceilings(timer, args.smoke)
     failed = False
+
+    def save() -> None:
+        partial = args.out.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(args.out)
+
     for measured in chosen(args.cases):
         case = measured.case
         if time.monotonic() > end:
             record["skipped"][case.id] = "no time left"
+            save()
             continue
         start = time.monotonic()
         try:
@@ -202,9 +210,7 @@ def main() -> int:
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        partial = args.out.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(args.out)
+        save()
     return 1 if failed else 0
 
 

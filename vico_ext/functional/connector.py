@@ -165,8 +165,8 @@ def connector(
         ps_version: "v2", or "v1" of older models, which leaves the output grid transposed.
         projection: "torch", cuBLAS or the CPU's BLAS and an epilogue of our own; or "fused", on CUDA in 16 bits our own
             GEMMs with the epilogue in them, one launch per layer for both connectors, the last one writing the packed
-            order. "fused" has not been measured on a GPU. It takes one more product per GELU in the backward pass, and
-            elsewhere than on CUDA in 16 bits it runs as "torch" does.
+            order. At 8B sizes the two are about equal on an H100 (docs/kernels.md). "fused" takes one more product per
+            GELU in the backward pass, and elsewhere than on CUDA in 16 bits it runs as "torch" does.
 
     Returns:
         With a plan ``[T, H]``, T = plan.total_tokens, packed in tile order; without, ``[P, N / 4, H]``. Dtype of the

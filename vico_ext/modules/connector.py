@@ -42,7 +42,7 @@ class FusedConnector(nn.Module):
         ps_version: "v2", or "v1" of older models, which leaves the output grid transposed.
         grid: rows and columns of the ViT's token grid; by default the square of its tokens.
         has_cls: whether a CLS token leads each tile; it is skipped.
-        projection: "torch", or "fused" for our own GEMMs on CUDA in 16 bits, **not measured on a GPU yet**; see
+        projection: "torch", or "fused" for our own GEMMs on CUDA in 16 bits; see
             :func:`vico_ext.functional.connector`. The same results but for rounding. An attribute, free to be changed.
         device: of the parameters.
         dtype: of the parameters.
