@@ -28,8 +28,8 @@ struct SkinnyLinearParams {
   // What is done to a result before it is stored, CUDA kernels only: y = gelu(scale (x weight^T + bias)), exact GELU.
   double scale = 1;
   bool gelu = false;
-  // CUDA: the kernel launched before this one belongs to the same chain of calls, and the weight and bias are older than
-  // that chain. They may then be read before that kernel has ended.
+  // CUDA: the kernel launched before this one belongs to the same chain of calls, and the weight and bias are older
+  // than that chain. They may then be read before that kernel has ended.
   bool chained = false;
 
   static constexpr int64_t kMostBlock = 64;

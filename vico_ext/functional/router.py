@@ -16,7 +16,7 @@ __all__ = ["attention_pool", "router_gate", "router_pool", "skinny_linear"]
 # Most rows for which the own kernel runs instead of F.linear. It was measured for K and N in {1024, 3200, 4096, 12800}
 # with AVX2: at every size up to these rows at least as fast as torch's GEMM in float32 (2 to 4 times at 4 rows, 1.0 to
 # 1.5 times at 32) and float64. In 16 bits it was 3 to 4 times as fast at any number of rows; the bound is there for
-# CPUs whose matrix units speak those types, which a GEMM of more rows can use. On an H100 cuBLAS is as fast at 32 rows (docs/gpu.md).
+# CPUs whose matrix units speak those types, which a GEMM of more rows can use. On an H100 cuBLAS is as fast at 32 rows.
 _MOST_ROWS = {torch.float32: 32, torch.float64: 24, torch.bfloat16: 64, torch.float16: 64}
 
 Attention = tuple[Tensor, Tensor, Tensor, Tensor]
