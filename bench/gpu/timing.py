@@ -23,7 +23,7 @@ class Timer:
     the device begins: what a kernel takes, without what calling it costs. Only for calls that wait for nothing.
     """
 
-    WAIT_CYCLES = 600_000  # about a third of a millisecond
+    WAIT_CYCLES = 4_000_000  # about two milliseconds: autograd takes the host some hundred microseconds
 
     def __init__(self, device: str) -> None:
         self.device = device
