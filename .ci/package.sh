@@ -39,8 +39,8 @@ fi
 echo "pip install . (isolated build; under a minute on two cores, without downloading torch):"
 fresh plain
 timed "$work/plain/bin/python" - "$work/plain/bin/python" -m pip install --no-deps . <<'PY'
-# Its processor time, which a busy machine stretches less: two cores' minute holds 120 seconds of it. Machines of this kind
-# have needed from 78 to 150 for the same sources, so that what fails is twice the minute.
+# Its processor time, which a busy machine stretches less: two cores' minute holds 120 seconds of it. It was 78 once on
+# a quiet machine and 150 on one that was slow at everything: what is over the minute is said, what fails is twice of it.
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)

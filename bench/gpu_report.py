@@ -90,6 +90,7 @@ def gpu_table(record: dict[str, Any] | None) -> str:
         f"copy moved {ceiling['copy_bytes_per_second'] / 1e12:.2f} TB/s and a product ran at "
         f"{ceiling['product_operations_per_second'] / 1e12:.0f} TFLOP/s; commit {facts['commit'][:10]}"
         f"{', with uncommitted changes' if facts['uncommitted'] else ''}, {facts['date'][:10]}; `{facts['command']}`."
+        f"{' Corrected afterwards: ' + facts['corrected'] + '.' if 'corrected' in facts else ''}"
     )
     title = f"### {facts['device']}, commit {facts['commit'][:7]}"
     return f"{title}\n\n{certificate}\n\n{HEADER}\n" + "\n".join(rows) + skipped
