@@ -8,18 +8,8 @@ namespace {
 
 void linear(const RouterGateParams& p, const void* x, int64_t depth, const void* weight, const void* bias,
             int64_t features, bool gelu, void* y, cudaStream_t stream) {
-  SkinnyLinearParams layer;
-  layer.dtype = p.dtype;
-  layer.rows = p.rows;
-  layer.groups = 1;
-  layer.features = features;
-  layer.depth = layer.feature_stride = depth;
-  layer.depth_stride = 1;
-  layer.x = x;
-  layer.weight = weight;
-  layer.bias = bias;
+  SkinnyLinearParams layer = dense_layer(p.dtype, x, p.rows, depth, weight, bias, features, y);
   layer.gelu = gelu;
-  layer.y = y;
   layer.chained = x != p.x;  // the first kernel's x is the call's
   skinny_linear_cuda(layer, stream);
 }

@@ -18,17 +18,8 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   const AttentionPoolShape& s = p.shape;
   const int64_t channels = s.channels, head = channels / s.heads;
 
-  SkinnyLinearParams query;
-  query.dtype = s.dtype;
-  query.rows = rows;
-  query.groups = 1;
-  query.features = query.depth = query.feature_stride = channels;
-  query.depth_stride = 1;
-  query.x = x;
-  query.weight = a.in_weight;
-  query.bias = a.in_bias;
+  SkinnyLinearParams query = dense_layer(s.dtype, x, rows, channels, a.in_weight, a.in_bias, channels, p.rows[0]);
   query.scale = 1 / std::sqrt(static_cast<double>(head));
-  query.y = p.rows[0];
   query.chained = chained;
   skinny_linear_cuda(query, stream);
 
@@ -77,12 +68,8 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   values.chained = true;
   skinny_linear_cuda(values, stream);
 
-  SkinnyLinearParams last = query;
-  last.rows = s.tiles;
-  last.x = p.rows[0];
-  last.weight = a.out_weight;
-  last.bias = a.out_bias;
-  last.scale = 1;
+  SkinnyLinearParams last =
+      dense_layer(s.dtype, p.rows[0], s.tiles, channels, a.out_weight, a.out_bias, channels, p.rows[1]);
   last.chained = true;
   last.y = p.rows[1];
   skinny_linear_cuda(last, stream);

@@ -38,6 +38,23 @@ struct SkinnyLinearParams {
   VICO_INLINE int64_t blocks() const { return (features + block() - 1) / block(); }
 };
 
+// One layer of contiguous tensors: x [rows, depth], weight [features, depth], bias [features] or null.
+inline SkinnyLinearParams dense_layer(Dtype dtype, const void* x, int64_t rows, int64_t depth, const void* weight,
+                                      const void* bias, int64_t features, void* y) {
+  SkinnyLinearParams p;
+  p.dtype = dtype;
+  p.rows = rows;
+  p.groups = 1;
+  p.features = features;
+  p.depth = p.feature_stride = depth;
+  p.depth_stride = 1;
+  p.x = x;
+  p.weight = weight;
+  p.bias = bias;
+  p.y = y;
+  return p;
+}
+
 // Items [begin, end) of all groups * blocks(): block() features of one group each, for all rows.
 VICO_CPU_KERNEL(skinny_linear, const SkinnyLinearParams&, int64_t begin, int64_t end)
 

@@ -8,16 +8,17 @@ import torch
 
 __all__ = ["call"]
 
+# What torch.library itself steps below its formulas with.
+_BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
+
 
 def call(op: Any, *args: Any) -> Any:
     """``op(*args)``.
 
     A gradient formula written in Python is entered for every call, if only to find that there is nothing to record: 10
-    to 20 microseconds of the host, more than many of the kernels take. torch's own way around it is not public, and is
-    done without where torch should lose it; compilers trace the plain call.
+    to 20 microseconds of the host, more than many of the kernels take. Compilers trace the plain call.
     """
-    below = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
-    if below is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
-    with below():
+    with _BelowAutograd():
         return op(*args)
