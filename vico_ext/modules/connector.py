@@ -26,6 +26,10 @@ def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def _layers(sequential: nn.Sequential) -> list[Any]:
+    return list(sequential._modules.values())  # indexing a Sequential searches it, and iterating it asks its length
+
+
 class FusedConnector(nn.Module):
     """InternVL's connector at 256 tokens per tile, and InternVL3.5-Flash's second one at 64, behind one routing plan.
 
@@ -107,8 +111,7 @@ class FusedConnector(nn.Module):
             ValueError: the plan is not of these tiles, or the tokens do not fill the grid.
         """
         if self._is_fusible():
-            norm: Any = self.mlp1[0]
-            dropout: Any = self.mlp2[3]
+            norm, dropout = _layers(self.mlp1)[0], _layers(self.mlp2)[3]
             return VF.connector(
                 vit_tokens,
                 self._weights(),
@@ -133,20 +136,18 @@ class FusedConnector(nn.Module):
         kinds1 = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)
         kinds2 = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
         for sequential, kinds in ((self.mlp1, kinds1), (self.mlp2, kinds2)):
-            if not _is_plain(sequential, nn.Sequential) or len(sequential) != len(kinds):
+            layers = _layers(sequential)
+            if not _is_plain(sequential, nn.Sequential) or len(layers) != len(kinds):
                 return False
-            layer: Any
-            for layer, kind in zip(list(sequential), kinds, strict=True):
+            for layer, kind in zip(layers, kinds, strict=True):
                 if not _is_plain(layer, kind):
                     return False
-                if kind in (nn.LayerNorm, nn.Linear) and (layer.weight is None or layer.bias is None):
+                if kind is nn.GELU:
+                    if layer.approximate != "none":
+                        return False
+                elif kind is not nn.Dropout and (layer.weight is None or layer.bias is None):
                     return False
-                if kind is nn.GELU and layer.approximate != "none":
-                    return False
-        norm1: Any = self.mlp1[0]
-        norm2: Any = self.mlp2[0]
-        first: Any = self.mlp2[3]
-        second: Any = self.mlp2[6]
+        (norm1, *_), (norm2, _, _, first, _, _, second, _) = _layers(self.mlp1), _layers(self.mlp2)
         same_dropout = first.p == second.p and first.training == second.training
         return same_dropout and norm1.eps == norm2.eps
 
@@ -154,7 +155,7 @@ class FusedConnector(nn.Module):
         # By attribute, not named_parameters: sharding may have replaced parameters by plain tensors, or two be one.
         weights: dict[str, Tensor] = {}
         for name, sequential, indices in (("mlp1", self.mlp1, (0, 1, 3)), ("mlp2", self.mlp2, (0, 1, 4, 7))):
-            layers: list[Any] = list(sequential)  # indexing a Sequential searches it
+            layers = _layers(sequential)
             for i in indices:
                 layer = layers[i]
                 weights[f"{name}.{i}.weight"], weights[f"{name}.{i}.bias"] = layer.weight, layer.bias

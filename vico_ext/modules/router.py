@@ -120,21 +120,23 @@ class VisualResolutionRouter(nn.Module):
             TypeError: tokens of another dtype than the parameters, without autocast.
         """
         pooling, gating = self.pooling_before_gating, self.gating
+        rounds: Any = pooling._modules
         pooled = VF.router_pool(
             vit_tokens,
             pooling.query_token,
-            _attention(pooling.attn1),
-            _affine(pooling.norm1),
-            _attention(pooling.attn2),
-            _affine(pooling.norm2),
+            _attention(rounds["attn1"]),
+            _affine(rounds["norm1"]),
+            _attention(rounds["attn2"]),
+            _affine(rounds["norm2"]),
             self.num_heads,
             has_cls=self.has_cls,
             eps=self.layer_norm_eps,
         )
+        *blocks, gate = gating._modules.values()
         return VF.router_gate(
             pooled,
-            [_block(getattr(gating, f"block{i}")) for i in _ROUNDS],
-            _affine(gating.gate[0]) + _affine(gating.gate[1]),
+            [_block(block) for block in blocks],
+            [t for layer in gate._modules.values() for t in _affine(layer)],
             dropout=self.dropout,
             training=self.training,
             eps=self.layer_norm_eps,
@@ -150,14 +152,27 @@ class VisualResolutionRouter(nn.Module):
         return logits.softmax(-1, dtype=dtype)[:, 0]
 
 
+def _parameter(module: Any, name: str) -> Tensor:
+    """``module.name``, found where it nearly always is: nn.Module's own search for 38 of them takes as long as a kernel.
+
+    A parametrisation, or sharding, may have put something else in its place.
+    """
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
+
+
 def _affine(module: Any) -> tuple[Tensor, Tensor]:
-    return module.weight, module.bias
+    return _parameter(module, "weight"), _parameter(module, "bias")
 
 
-def _attention(attn: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return attn.in_proj_weight, attn.in_proj_bias, *_affine(attn.out_proj)
+def _attention(attn: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _parameter(attn, "in_proj_weight"),
+        _parameter(attn, "in_proj_bias"),
+        *_affine(attn._modules["out_proj"]),
+    )
 
 
-def _block(block: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first, _, _, second, _, norm = block  # indexing a Sequential searches it
+def _block(block: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first, _, _, second, _, norm = block._modules.values()
     return *_affine(first), *_affine(second), *_affine(norm)
