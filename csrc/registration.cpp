@@ -59,11 +59,12 @@ STABLE_TORCH_LIBRARY(vico, m) {
 
   // the router's two halves as one call each, without gradients, for CUDA. first, later: in_proj weight and bias,
   // out_proj weight and bias, norm weight and bias of round 1 and of rounds 2 to 4. blocks: of each the two layers'
-  // weights and biases and its norm's; gate: the last norm's and the classifier's.
+  // weights and biases and its norm's; gate: the last norm's and the classifier's. router_gate gives the logits [P, 2],
+  // or the probability of class 0, [P] float32 (float64 for float64).
   m.def(
       "router_pool(Tensor tokens, Tensor query_token, Tensor[] first, Tensor[] later, int heads, int skip, float eps) "
       "-> Tensor");
-  m.def("router_gate(Tensor pooled, Tensor[] blocks, Tensor[] gate, float eps) -> Tensor");
+  m.def("router_gate(Tensor pooled, Tensor[] blocks, Tensor[] gate, float eps, bool probability=False) -> Tensor");
 
   // routing: which tiles are compressed, and where each tile's tokens go
   m.def("checked_probabilities(Tensor p) -> Tensor");

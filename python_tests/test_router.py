@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from device import DEVICE
 from tolerance import LOW_PRECISION, assert_as_accurate
 from torch import Tensor
@@ -158,7 +159,7 @@ def halves_arguments(width=32, heads=4):
     ]
     blocks = [t for i in range(1, 5) for n in (0, 3, 5) for t in getattr(gating, f"block{i}")[n].parameters()]
     pool = [torch.randn(2, 17, width), pooling.query_token, *rounds, heads, 1, 1e-5]
-    return pool, [torch.randn(2, width), blocks, list(gating.gate.parameters()), 1e-5]
+    return pool, [torch.randn(2, width), blocks, list(gating.gate.parameters()), 1e-5, False]
 
 
 @pytest.mark.skipif(HAS_ONE_CALL, reason="there are kernels")
@@ -174,8 +175,54 @@ def test_one_call_is_for_cuda():
 @pytest.mark.skipif(not HAS_ONE_CALL, reason="no kernels")
 def test_opcheck_of_one_call():
     pool, gate = halves_arguments()
-    for op, arguments in ((torch.ops.vico.router_pool, pool), (torch.ops.vico.router_gate, gate)):
+    calls = [(torch.ops.vico.router_pool, pool), (torch.ops.vico.router_gate, gate)]
+    for op, arguments in [*calls, (torch.ops.vico.router_gate, [*gate[:4], True])]:
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_probability_is_the_softmax_of_the_logits(dtype):
+    router, tokens = make_router().to(dtype), torch.randn(3, 17, 32, dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        p = router(tokens)
+        want = router.logits(tokens).to(wide).softmax(-1)[:, 0]
+    assert p.dtype == wide
+    torch.testing.assert_close(p, want, rtol=1e-6, atol=1e-7)
+    assert router(tokens[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_deep_layers_of_the_gate(dtype):
+    """Layers whose depth the CUDA kernels cut into parts: a row's bits do not depend on how many there are."""
+    width, hidden = 16, 2048 + 32
+
+    def weight(*shape):
+        return torch.randn(*shape) * shape[-1] ** -0.5
+
+    block = [
+        weight(hidden, width),
+        weight(hidden),
+        weight(width, hidden),
+        weight(width),
+        1 + weight(width),
+        weight(width),
+    ]
+    gate = [1 + weight(width), weight(width), weight(2, width), weight(2)]
+    pooled = torch.randn(19, width)
+    args = [t.to(dtype) for t in (pooled, *block, *gate)]
+    pooled, block, gate = args[0], tuple(args[1:7]), tuple(args[7:])
+    with torch.no_grad():
+        got = VF.router_gate(pooled, [block, block], gate)
+        alone = torch.cat([VF.router_gate(pooled[i : i + 1], [block, block], gate) for i in (0, 18)])
+        x = pooled.double()
+        w1, b1, w2, b2, *norm = (t.double() for t in block)
+        for _ in range(2):
+            h = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+            x = x + F.layer_norm(h, (width,), *norm)
+        want = F.linear(F.layer_norm(x, (width,), *(t.double() for t in gate[:2])), *(t.double() for t in gate[2:]))
+    assert got[[0, 18]].equal(alone)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 0.01)
 
 
 @pytest.mark.skipif(not HAS_ONE_CALL, reason="no kernels")

@@ -20,7 +20,22 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_kernel(const __grid_c
   ptx::let_next_kernel_begin();
   ptx::wait_for_earlier_kernels();
   const int64_t begin = int64_t{blockIdx.x} * p.channels;
-  const T* x = static_cast<const T*>(p.x) + begin;
+  const auto load = [&](A(&values)[kN], int64_t c) {
+    if constexpr (sizeof(T) == 2) {
+      if (p.parts > 0) {
+        const float* part = static_cast<const float*>(p.x) + begin + c;
+        values_of(values, load_pack<T, kN>(static_cast<const T*>(p.part_bias) + c));
+        for (int64_t i = 0; i < p.parts; ++i, part += p.rows * p.channels) {
+          float more[kN];
+          load_values(more, part);
+#pragma unroll
+          for (int j = 0; j < kN; ++j) values[j] += more[j];
+        }
+        return;
+      }
+    }
+    values_of(values, load_pack<T, kN>(static_cast<const T*>(p.x) + begin + c));
+  };
   const int64_t first = int64_t{threadIdx.x} * kN, step = int64_t{kNormThreads} * kN;
 
   A kept[kNormPacks][kN] = {};
@@ -28,9 +43,7 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_kernel(const __grid_c
   for (int i = 0; i < kNormPacks; ++i) {
     const int64_t c = first + i * step;
     if (c >= p.channels) break;
-    const auto pack = load_pack<T, kN>(x + c);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) kept[i][j] = value_of(pack.at[j]);
+    load(kept[i], c);
   }
   // visit(c, values) for each of the thread's packs.
   const auto for_each_pack = [&](auto visit) {
@@ -39,10 +52,8 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_kernel(const __grid_c
       if (first + i * step < p.channels) visit(first + i * step, kept[i]);
     }
     for (int64_t c = first + kNormPacks * step; c < p.channels; c += step) {
-      const auto pack = load_pack<T, kN>(x + c);
       A values[kN];
-#pragma unroll
-      for (int j = 0; j < kN; ++j) values[j] = value_of(pack.at[j]);
+      load(values, c);
       visit(c, values);
     }
   };
@@ -87,7 +98,7 @@ void layer_norm_cuda(const LayerNormParams& p, cudaStream_t stream) {
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     bool wide = p.channels % kPackWidth<T> == 0;
-    for (const void* t : {p.x, p.residual, p.weight, p.bias, static_cast<const void*>(p.y)}) {
+    for (const void* t : {p.x, p.part_bias, p.residual, p.weight, p.bias, static_cast<const void*>(p.y)}) {
       wide = wide && is_aligned16(t);
     }
     const auto kernel = wide ? layer_norm_kernel<T, kPackWidth<T>> : layer_norm_kernel<T, 1>;

@@ -1,7 +1,7 @@
 // router_gate: logits of the gating head as one call without gradients or dropout.
 //
 //   x <- x + LayerNorm(W2 gelu(W1 x + b1) + b2)   for each block
-//   logits = W LayerNorm(x) + b
+//   logits = W LayerNorm(x) + b,  and if wanted  probability = softmax(logits)[0]
 #pragma once
 
 #include "common/cuda_stream.h"
@@ -26,10 +26,12 @@ struct RouterGateParams {
   const void *norm_weight = nullptr, *norm_bias = nullptr;  // [channels]
   const void *weight = nullptr, *bias = nullptr;            // [classes, channels], [classes]
   double eps = 0;
-  void* logits = nullptr;   // [rows, classes]
-  void* hidden = nullptr;   // work areas: [rows, the widest block's hidden]
-  void* update = nullptr;   // [rows, channels]
-  void* current = nullptr;  // [rows, channels]
+  void* logits = nullptr;       // [rows, classes]
+  void* probability = nullptr;  // [rows], accumulate type; null: not wanted
+  void* hidden = nullptr;       // work areas: [rows, the widest block's hidden]
+  void* update = nullptr;       // [rows, channels]
+  void* parts = nullptr;        // float [SkinnyLinearParams::kMostParts, rows, channels]; for 16-bit dtypes alone
+  void* current = nullptr;      // [rows, channels]
 };
 
 void router_gate_cuda(const RouterGateParams& params, cudaStream_t stream);

@@ -1,6 +1,7 @@
 // The door of router_gate: checks, work areas, one call. CUDA alone has a kernel, see router_pool.
 #include "door/door.h"
 #include "router_gate/router_gate.h"
+#include "skinny_linear/skinny_linear.h"
 
 namespace vico {
 namespace {
@@ -17,7 +18,7 @@ Tensor dense_like(const Tensor& t, const Tensor& x, std::initializer_list<int64_
 
 // blocks: W1, b1, W2, b2, norm weight and bias of each; gate: norm weight and bias, W and b.
 Tensor router_gate_op(const Tensor& pooled_in, const std::vector<Tensor>& blocks, const std::vector<Tensor>& gate,
-                      double eps) {
+                      double eps, bool probability) {
   check_kernels(pooled_in, kOp);
   VICO_CHECK(on_cuda(pooled_in), kOp, "there is a kernel for CUDA alone, got pooled on ", device_string(pooled_in),
              ": functional.router_gate computes the same there");
@@ -58,19 +59,25 @@ Tensor router_gate_op(const Tensor& pooled_in, const std::vector<Tensor>& blocks
   p.classes = gate[2].size(0);
   p.bias = keep(gate[3], {p.classes}, "gate's bias", "[classes]");
 
+  VICO_CHECK(!probability || p.classes > 0, kOp, "a probability needs at least one class, got none");
   Tensor logits = make_tensor(pooled_in, {p.rows, p.classes});
-  if (p.rows == 0) return logits;
+  Tensor out = probability ? make_tensor(pooled_in, {p.rows}, accumulate_type(p.dtype)) : logits;
+  if (p.rows == 0) return out;
   const Tensor x = to_contiguous(pooled_in);
   Tensor hidden = make_tensor(x, {p.rows, widest}), work = make_tensor(x, {2, p.rows, channels});
+  const bool may_cut = element_size(p.dtype) == 2;
+  Tensor parts = may_cut ? make_tensor(x, {SkinnyLinearParams::kMostParts, p.rows, channels}, ScalarType::Float) : work;
   p.x = x.const_data_ptr();
   p.blocks = block_params.data();
   p.block_count = static_cast<int64_t>(block_params.size());
   p.logits = logits.mutable_data_ptr();
+  if (probability) p.probability = out.mutable_data_ptr();
+  if (may_cut) p.parts = parts.mutable_data_ptr();
   p.hidden = hidden.mutable_data_ptr();
   p.update = work.mutable_data_ptr();
   p.current = static_cast<char*>(work.mutable_data_ptr()) + p.rows * channels * element_size(p.dtype);
   VICO_CUDA_CALL(router_gate, p, x);
-  return logits;
+  return out;
 }
 
 }  // namespace

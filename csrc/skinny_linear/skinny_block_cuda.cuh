@@ -10,9 +10,11 @@
 
 namespace vico {
 
-// What block blockIdx.x works on. Blocks that share features follow one another: their weights come from the L2 cache.
+// What block (blockIdx.x, blockIdx.y) works on: some features and rows, one part of the depth. Blocks that share
+// features follow one another: their weights come from the L2 cache.
 struct SkinnyBlock {
   int64_t group, feature, row;
+  int64_t first, depth;  // of the part
   int features, rows;
 
   VICO_DEVICE SkinnyBlock(const SkinnyLinearParams& p, int most_features, int most_rows) {
@@ -24,14 +26,17 @@ struct SkinnyBlock {
     feature = block % feature_blocks * most_features;
     features = static_cast<int>(p.features - feature < most_features ? p.features - feature : most_features);
     rows = static_cast<int>(p.rows - row < most_rows ? p.rows - row : most_rows);
+    depth = p.depth / p.parts;
+    first = blockIdx.y * depth;
   }
   template <class T>
   VICO_DEVICE const T* x(const SkinnyLinearParams& p) const {
-    return static_cast<const T*>(p.x) + (row * p.groups + group) * p.depth;
+    return static_cast<const T*>(p.x) + (row * p.groups + group) * p.depth + first;
   }
   template <class T>
   VICO_DEVICE const T* weight(const SkinnyLinearParams& p) const {
-    return static_cast<const T*>(p.weight) + group * p.group_stride + feature * p.feature_stride;
+    return static_cast<const T*>(p.weight) + group * p.group_stride + feature * p.feature_stride +
+           first * p.depth_stride;
   }
   template <class T>
   VICO_DEVICE T bias(const SkinnyLinearParams& p, int f) const {
@@ -44,6 +49,10 @@ struct SkinnyBlock {
   template <class T>
   VICO_DEVICE void store(const SkinnyLinearParams& p, int r, int f, accumulate_t<T> sum, T bias) const {
     const int64_t at = group * p.features + feature + f;
+    if (p.parts > 1) {
+      static_cast<float*>(p.y)[(blockIdx.y * p.rows + row + r) * p.features + at] = static_cast<float>(sum);
+      return;
+    }
     accumulate_t<T> y[1] = {sum + value_of(bias)};
     y[0] *= static_cast<accumulate_t<T>>(p.scale);
     if (p.gelu) y[0] = gelu_of(y[0]);

@@ -35,12 +35,12 @@ __global__ void __launch_bounds__(D::kThreads, D::kBlocks)
   const SkinnyBlock block(p, D::kFeatures, D::kRows);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
   const int64_t start = int64_t{warp} * kDotDepth;
-  const int steps = static_cast<int>((p.depth - start + kBlockDepth - 1) / kBlockDepth);
+  const int steps = static_cast<int>((block.depth - start + kBlockDepth - 1) / kBlockDepth);
   const T* weight = block.weight<T>(p) + g * p.feature_stride + start + 8 * t;
   const T* x = block.x<T>(p) + g * p.groups * p.depth + start + 8 * t;
   ptx::let_next_kernel_begin();
   const int64_t weight_tile = 8 * p.feature_stride, x_tile = 8 * p.groups * p.depth;
-  const int left = static_cast<int>(p.depth - start - 8 * t);  // of the depth, from the first step
+  const int left = static_cast<int>(block.depth - start - 8 * t);  // of the depth, from the first step
   uint4* mine = reinterpret_cast<uint4*>(shared) + thread;
 
   // One step's share of the weight and of x.
@@ -128,14 +128,15 @@ __global__ void __launch_bounds__(D::kThreads, D::kBlocks)
 template <class T, int kTiles, int kFeatureTiles, class D = SkinnyDot<kTiles, kFeatureTiles>>
 void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
   launch_early(p.chained, skinny_dot_kernel<T, kTiles, kFeatureTiles, D>,
-               dim3(skinny_blocks(p, D::kFeatures, D::kRows)), dim3(D::kThreads), D::kSharedBytes, stream, p);
+               dim3(skinny_blocks(p, D::kFeatures, D::kRows), static_cast<unsigned>(p.parts)), dim3(D::kThreads),
+               D::kSharedBytes, stream, p);
 }
 
 // Every block reads its rows of x from L2: more features per block read them less often, fewer keep more
 // multiprocessors busy.
 template <class T, int kTiles>
 void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
-  const int64_t features = p.groups * p.features;
+  const int64_t features = p.groups * p.features * p.parts;
   if (features >= 8192) return skinny_dot_cuda<T, kTiles, 4>(p, stream);
   if (features >= 2048) return skinny_dot_cuda<T, kTiles, 2>(p, stream);
   skinny_dot_cuda<T, kTiles, 1>(p, stream);
@@ -145,7 +146,8 @@ template <class T>
 void skinny_dot_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
   if (p.rows <= 8) return skinny_dot_cuda<T, 1>(p, stream);
   // Few blocks of 32 rows leave half the chip idle: twice as many of 16 share the weight through L2.
-  if (p.rows <= 16 || (p.groups * p.features <= 1024 && p.rows <= 32)) return skinny_dot_cuda<T, 2>(p, stream);
+  if (p.rows <= 16 || (p.groups * p.features * p.parts <= 1024 && p.rows <= 32))
+    return skinny_dot_cuda<T, 2>(p, stream);
   skinny_dot_cuda<T, 4>(p, stream);
 }
 

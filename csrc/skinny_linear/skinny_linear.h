@@ -25,6 +25,10 @@ struct SkinnyLinearParams {
   int64_t group_stride = 0, feature_stride = 0, depth_stride = 0;
   const void* bias = nullptr;  // [groups, features], contiguous; null for none
   void* y = nullptr;           // [rows, groups, features], contiguous
+  // CUDA: how many parts the depth is cut into. More than one leaves the sums of each, float [parts, rows, features]
+  // without bias, in y, for a kernel that adds them up in order (common/layer_norm.h). depth_parts says how many.
+  static constexpr int64_t kMostParts = 4;
+  int64_t parts = 1;
   // What is done to a result before it is stored, CUDA kernels only: y = gelu(scale (x weight^T + bias)), exact GELU.
   double scale = 1;
   bool gelu = false;
@@ -54,6 +58,11 @@ inline SkinnyLinearParams dense_layer(Dtype dtype, const void* x, int64_t rows, 
   p.y = y;
   return p;
 }
+
+// Into how many parts the CUDA kernels should cut a deep layer's depth. Every block reads its rows of x from L2, as
+// many bytes as it reads of the weight where it has as many features as rows: fewer, deeper blocks read x more often,
+// and that, not the weight, is then what takes the time. One part where there is nothing to gain or no kernel for it.
+int64_t depth_parts(const SkinnyLinearParams& p);
 
 // Items [begin, end) of all groups * blocks(): block() features of one group each, for all rows.
 VICO_CPU_KERNEL(skinny_linear, const SkinnyLinearParams&, int64_t begin, int64_t end)

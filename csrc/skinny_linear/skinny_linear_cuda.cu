@@ -104,6 +104,13 @@ bool is_wide(const SkinnyLinearParams& p) {
 
 }  // namespace
 
+int64_t depth_parts(const SkinnyLinearParams& p) {
+  constexpr int64_t kParts = SkinnyLinearParams::kMostParts, kLeastDepth = 2048;
+  const bool is_half = p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kHalf;
+  const bool is_deep = p.depth >= kLeastDepth && p.depth >= 2 * p.features && p.depth % (8 * kParts) == 0;
+  return is_half && is_deep && p.groups == 1 && p.depth_stride == 1 && is_wide(p) ? kParts : 1;
+}
+
 void skinny_linear_cuda(const SkinnyLinearParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.groups == 0 || p.features == 0) return;
   dispatch(p.dtype, [&](auto element) {

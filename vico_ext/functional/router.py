@@ -214,8 +214,9 @@ def router_gate(
     dropout: float = 0.0,
     training: bool = False,
     eps: float = 1e-5,
+    probability: bool = False,
 ) -> Tensor:
-    """Logits of the gating head: blocks x + LN(dropout(W2 dropout(GELU(W1 x + b1)) + b2)), then LN -> Linear(V, 2).
+    """The gating head: blocks x + LN(dropout(W2 dropout(GELU(W1 x + b1)) + b2)), then LN -> Linear(V, 2).
 
     Args:
         pooled: ``[P, V]``.
@@ -224,17 +225,21 @@ def router_gate(
         dropout: probability, in training only.
         training: whether to drop.
         eps: of the LayerNorms.
+        probability: whether the softmax's class 0 is wanted and not the logits.
 
     Returns:
-        ``[P, 2]``; class 0 means that 64 tokens are enough. The softmax of it is
-        :func:`vico_ext.reference.router_gate`.
+        Logits ``[P, 2]``, dtype of ``pooled`` or autocast's; class 0 means that 64 tokens are enough. Or its
+        probability ``[P]``, float32, float64 for float64: :func:`vico_ext.reference.router_gate`.
     """
     layers = [t for block in blocks for t in block]
     if (dropout == 0 or not training) and _as_one_call(pooled, [*layers, *gate]):
-        return torch.ops.vico.router_gate(pooled, layers, list(gate), eps)
+        return torch.ops.vico.router_gate(pooled, layers, list(gate), eps, probability)
     x = _cast(pooled)
     for w1, b1, w2, b2, *norm in blocks:
         h = F.dropout(F.gelu(_linear(x, _cast(w1), _cast(b1))), dropout, training)
         h = F.dropout(_linear(h, _cast(w2), _cast(b2)), dropout, training)
         x = x + _layer_norm(h, (norm[0], norm[1]), eps)
-    return _linear(_layer_norm(x, gate[:2], eps), _cast(gate[2]), _cast(gate[3]))
+    logits = _linear(_layer_norm(x, gate[:2], eps), _cast(gate[2]), _cast(gate[3]))
+    if not probability:
+        return logits
+    return logits.softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)[:, 0]

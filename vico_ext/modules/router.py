@@ -119,6 +119,16 @@ class VisualResolutionRouter(nn.Module):
             ValueError: tokens of another width, or none per tile.
             TypeError: tokens of another dtype than the parameters, without autocast.
         """
+        return self._run(vit_tokens, probability=False)
+
+    def forward(self, vit_tokens: Tensor) -> Tensor:
+        """Probability ``[P]`` that 64 tokens are enough, of vit_tokens ``[P, 1 + N, V]`` (``[P, N, V]`` without CLS).
+
+        float32, or float64 for float64 tokens. Raises as :meth:`logits`.
+        """
+        return self._run(vit_tokens, probability=True)
+
+    def _run(self, vit_tokens: Tensor, probability: bool) -> Tensor:
         pooling, gating = self.pooling_before_gating, self.gating
         rounds: Any = pooling._modules
         pooled = VF.router_pool(
@@ -133,27 +143,20 @@ class VisualResolutionRouter(nn.Module):
             eps=self.layer_norm_eps,
         )
         *blocks, gate = gating._modules.values()
+        norm, classifier = gate._modules.values()  # type: ignore[union-attr]
         return VF.router_gate(
             pooled,
             [_block(block) for block in blocks],
-            [t for layer in gate._modules.values() for t in _affine(layer)],
+            _affine(norm) + _affine(classifier),
             dropout=self.dropout,
             training=self.training,
             eps=self.layer_norm_eps,
+            probability=probability,
         )
-
-    def forward(self, vit_tokens: Tensor) -> Tensor:
-        """Probability ``[P]`` that 64 tokens are enough, of vit_tokens ``[P, 1 + N, V]`` (``[P, N, V]`` without CLS).
-
-        float32, or float64 for float64 tokens. Raises as :meth:`logits`.
-        """
-        logits = self.logits(vit_tokens)
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return logits.softmax(-1, dtype=dtype)[:, 0]
 
 
 def _parameter(module: Any, name: str) -> Tensor:
-    """``module.name``, found where it nearly always is: nn.Module's own search for 38 of them takes as long as a kernel.
+    """``module.name``, found at once: nn.Module's own search, 38 times, takes as long as kernels do.
 
     A parametrisation, or sharding, may have put something else in its place.
     """

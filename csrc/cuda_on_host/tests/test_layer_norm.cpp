@@ -69,8 +69,61 @@ void layer_norm() {
   }
 }
 
+// x in parts with a bias of their own: as x of their sum in float.
+template <class T>
+void in_parts() {
+  coh::Random random(6);
+  for (const Problem& d :
+       {Problem{3, 1024, true}, Problem{2, 13}, Problem{1, 5003, true}, Problem{2, 4104, false, true}}) {
+    const size_t size = static_cast<size_t>(d.rows * d.channels), channels = static_cast<size_t>(d.channels);
+    constexpr size_t kParts = 3;
+    Buffer<float> parts(kParts * size), sum(size), wide_weight(channels), wide_bias(channels), added(size), want(size);
+    Buffer<T> part_bias(channels), residual(size), weight(channels), bias(channels), y(size);
+    for (size_t i = 0; i < kParts * size; ++i) parts[i] = static_cast<float>(random.normal());
+    for (Buffer<T>* t : {&part_bias, &residual, &weight, &bias}) coh::fill_normal(*t, random);
+    for (size_t i = 0; i < size; ++i) {
+      sum[i] = static_cast<float>(element_value(part_bias[i % channels]));
+      for (size_t part = 0; part < kParts; ++part) sum[i] += parts[part * size + i];
+      added[i] = static_cast<float>(element_value(residual[i]));
+    }
+    for (size_t i = 0; i < channels; ++i) {
+      wide_weight[i] = static_cast<float>(element_value(weight[i]));
+      wide_bias[i] = static_cast<float>(element_value(bias[i]));
+    }
+    vico::LayerNormParams p;
+    p.dtype = coh_test::kDtype<T>;
+    p.rows = d.rows;
+    p.channels = d.channels;
+    p.x = parts.data();
+    p.parts = kParts;
+    p.part_bias = part_bias.data();
+    p.residual = d.residual ? residual.data() : nullptr;
+    p.weight = weight.data();
+    p.bias = bias.data();
+    p.eps = 1e-5;
+    p.y = y.data();
+    p.chained = true;
+    vico::layer_norm_cuda(p, nullptr);
+    p.dtype = vico::Dtype::kFloat;
+    p.x = sum.data();
+    p.parts = 0;
+    p.residual = d.residual ? added.data() : nullptr;
+    p.weight = wide_weight.data();
+    p.bias = wide_bias.data();
+    p.y = want.data();
+    vico::layer_norm_cuda(p, nullptr);
+    for (size_t i = 0; i < size; ++i) {
+      const double got = element_value(y[i]), wanted = static_cast<double>(want[i]);
+      expect(std::fabs(got - wanted) <= coh::kEpsilon<T> * std::fabs(wanted) + 1e-5, "y %zu is %.9g, not %.9g", i, got,
+             wanted);
+    }
+  }
+}
+
 }  // namespace
 
+COH_CASE(in_parts_bfloat16) { in_parts<vico::BFloat16>(); }
+COH_CASE(in_parts_half) { in_parts<vico::Half>(); }
 COH_CASE(bfloat16) { layer_norm<vico::BFloat16>(); }
 COH_CASE(half) { layer_norm<vico::Half>(); }
 COH_CASE(float32) { layer_norm<float>(); }

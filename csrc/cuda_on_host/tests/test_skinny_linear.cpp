@@ -149,8 +149,44 @@ void linear(const Problem (&problems)[kCount]) {
   }
 }
 
+// A depth in parts: their sums in order, without bias, are those of the whole, and a row's bits its own.
+template <class T>
+void parts() {
+  coh::Random random(11);
+  for (const Problem& problem : {Problem{19, 1, 40, 2112}, Problem{9, 1, 1032, 2080, false, false, 8}}) {
+    Layer<T> d(problem, random);
+    vico::SkinnyLinearParams p = d.p;
+    expect(vico::depth_parts(p) == 4, "the depth is cut into %lld", static_cast<long long>(vico::depth_parts(p)));
+    p.parts = 4;
+    p.bias = nullptr;
+    const int64_t each = p.rows * p.features;
+    Buffer<float> sums(size(p.parts * each));
+    p.y = sums.data();
+    vico::skinny_linear_cuda(p, nullptr);
+    for (int64_t i = 0; i < each; ++i) {
+      double sum = problem.bias ? element_value(d.bias[size(i % p.features)]) : 0;
+      for (int64_t part = 0; part < p.parts; ++part) sum += static_cast<double>(sums[size(part * each + i)]);
+      d.y[size(i)] = coh::element_from<T>(sum);
+    }
+    d.check();
+    Buffer<float> last(size(p.parts * p.features));
+    p.x = d.x.data() + (p.rows - 1) * p.depth;
+    p.rows = 1;
+    p.y = last.data();
+    vico::skinny_linear_cuda(p, nullptr);
+    for (int64_t i = 0; i < p.parts * p.features; ++i) {
+      const size_t at = size(i / p.features * each + each - p.features + i % p.features);
+      expect(!std::memcmp(&last[size(i)], &sums[at], sizeof(float)), "sum %zu has other bits alone", at);
+    }
+  }
+  Layer<T> shallow(Problem{9, 1, 17, 1024}, random);
+  expect(vico::depth_parts(shallow.p) == 1, "a shallow layer is cut");
+}
+
 }  // namespace
 
+COH_CASE(parts_bfloat16) { parts<vico::BFloat16>(); }
+COH_CASE(parts_half) { parts<vico::Half>(); }
 COH_CASE(linear_bfloat16) { linear<vico::BFloat16>(kProblems); }
 COH_CASE(linear_half) { linear<vico::Half>(kProblems); }
 COH_CASE(many_features_bfloat16) { linear<vico::BFloat16>(kManyFeatures); }
