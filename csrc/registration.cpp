@@ -97,12 +97,14 @@ STABLE_TORCH_LIBRARY(vico, m) {
       "Tensor? ref_bias, Tensor? token_weights, float temperature, float beta, bool need_hidden, bool need_weight, "
       "bool need_bias, int block_tokens=0) -> (Tensor total, Tensor loss, Tensor lse, Tensor ref_lse, "
       "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
-  // its kernels on one chunk of the vocabulary: logits [rows, words] of both models, running state [rows, 6]
+  // its kernels on one chunk of the vocabulary: logits [rows, words] of both models, running state [rows, 6]. The
+  // gradient takes the place of `policy`, or, on CUDA, goes to a 16-bit `out`.
   m.def(
       "consistency_statistics_(Tensor(a!) policy, Tensor(b!) reference, Tensor(c!) state, Tensor? policy_bias, "
       "Tensor? reference_bias, float beta, float temperature) -> ()");
   m.def("consistency_mixture_(Tensor policy, Tensor reference, Tensor(a!) state, float beta) -> ()");
   m.def(
-      "consistency_gradient_(Tensor(a!) policy, Tensor reference, Tensor state, float beta, float temperature) -> ()");
+      "consistency_gradient_(Tensor(a!) policy, Tensor reference, Tensor state, float beta, float temperature, "
+      "Tensor(b!)? out=None) -> ()");
   m.def("consistency_result(Tensor state, float beta) -> (Tensor loss, Tensor lse, Tensor ref_lse)");
 }

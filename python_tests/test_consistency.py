@@ -13,8 +13,8 @@ from tolerance import LOW_PRECISION, assert_as_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vico_ext
+from vico_ext import _C, reference
 from vico_ext import functional as VF
-from vico_ext import reference
 from vico_ext.ops import consistency as implementation
 
 op = torch.ops.vico.consistency_loss
@@ -193,6 +193,38 @@ def test_opcheck_of_the_kernels():
     torch.library.opcheck(ops.consistency_mixture_.default, (policy, reference_, state, 0.5))
     torch.library.opcheck(ops.consistency_gradient_.default, (policy, reference_, state, 0.5, 2.0))
     torch.library.opcheck(ops.consistency_result.default, (state, 0.5))
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and _C.cuda != "host", reason="for CUDA kernels")
+@pytest.mark.parametrize("kind", BETAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("words", [44, 48])
+def test_gradient_in_16_bits(kind, dtype, words):
+    policy, reference_, state = torch.randn(3, words), torch.randn(3, words), torch.zeros(3, 6, dtype=torch.float64)
+    state[:, 0:4:2] = -torch.inf
+    ops, beta = torch.ops.vico, BETAS[kind]
+    ops.consistency_statistics_(policy, reference_, state, None, None, beta, 1.0)
+    if 0 < beta < 1:
+        ops.consistency_mixture_(policy, reference_, state, beta)
+    out, logits = torch.empty(3, words, dtype=dtype), policy.clone()
+    ops.consistency_gradient_(policy, reference_, state, beta, 1.0, out)
+    assert policy.equal(logits)
+    ops.consistency_gradient_(policy, reference_, state, beta, 1.0)
+    assert out.equal(policy.to(dtype))
+    for bad, message in (
+        (out.float(), "out must be bfloat16 or float16 beside float32 policy, got float32 beside float32"),
+        (out[:, 1:], r"out must have shape \[rows, words\] = \[3, \d+\], got"),
+        (out.t().contiguous().t(), "out must be contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.consistency_gradient_(policy, reference_, state, beta, 1.0, bad)
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or _C.cuda == "host", reason="about the CPU")
+def test_gradient_of_the_cpu_stays_in_place():
+    policy, state = torch.randn(3, 11), torch.zeros(3, 6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="out is for CUDA alone"):
+        torch.ops.vico.consistency_gradient_(policy, policy.clone(), state, 0.0, 1.0, policy.bfloat16())
 
 
 class _Counted(TorchDispatchMode):
@@ -391,6 +423,9 @@ def test_memory_is_that_of_one_block():
     for device, workspace in implementation._WORKSPACE.items():
         for words in (151_936, 262_144):
             assert implementation._block_size(4096, words, 4, 0, device) * words * 2 * 4 <= workspace
+    sizes = [implementation._block_size(n, 151_936, 4, 0, "cuda") for n in (0, 1, 300, 4096, 5000)]
+    assert sizes == [0, 128, 384, 1024, 1024]
+    assert implementation._block_size(4096, 151_936, 4, 100, "cuda") == 100
 
 
 def test_no_second_derivative():

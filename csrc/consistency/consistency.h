@@ -2,10 +2,14 @@
 // policy's logits, over chunks of the vocabulary.
 //
 //   z = (logits + bias) / temperature of each model, p = softmax(reference z), q = softmax(policy z), over the
-//   vocabulary kForward   L = KL(p || q)                               dL/dlogit = (q - p) / temperature kReverse   L =
-//   KL(q || p)                               dL/dlogit = q (log q - log p - L) / temperature kMixture   L = beta KL(p
-//   || m) + (1 - beta) KL(q || m)  dL/dlogit = (1 - beta) q (log q - log m - KL(q || m))
-//              with m = beta p + (1 - beta) q                           / temperature
+//   vocabulary
+//
+//   kForward:  L = KL(p || q)
+//              dL/dlogit = (q - p) / temperature
+//   kReverse:  L = KL(q || p)
+//              dL/dlogit = q (log q - log p - L) / temperature
+//   kMixture:  L = beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q
+//              dL/dlogit = (1 - beta) q (log q - log m - KL(q || m)) / temperature
 //
 // A row is a token. Each chunk of the vocabulary is first taken into the row's running maxima and sums (statistics); a
 // mixture, which needs the normalised p and q, then sums its divergences in another round; the gradient is the last
@@ -72,12 +76,15 @@ struct ConsistencyParams {
   double temperature = 1;
   int64_t rows = 0;
   int64_t columns = 0;  // words in this chunk
-  // [rows, columns], contiguous. statistics reads logits and leaves z; gradient leaves dL/dlogit in `policy`.
+  // [rows, columns], contiguous. statistics reads logits and leaves z; gradient leaves dL/dlogit in `policy`, or, on
+  // CUDA alone, rounded in `gradient`.
   void* policy = nullptr;
   void* reference = nullptr;
-  const void* policy_bias = nullptr;     // [columns]; null: none. Read by statistics alone
-  const void* reference_bias = nullptr;  // [columns]; null: none
-  ConsistencyRow* state = nullptr;       // [rows]; changed by statistics and mixture
+  void* gradient = nullptr;                 // [rows, columns], contiguous; null: none
+  Dtype gradient_dtype = Dtype::kBFloat16;  // kBFloat16 or kHalf
+  const void* policy_bias = nullptr;        // [columns]; null: none. Read by statistics alone
+  const void* reference_bias = nullptr;     // [columns]; null: none
+  ConsistencyRow* state = nullptr;          // [rows]; changed by statistics and mixture
 };
 
 struct ConsistencyResultParams {

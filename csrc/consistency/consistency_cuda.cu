@@ -1,5 +1,7 @@
 // CUDA kernels of consistency. One block per token: thread t takes packs t, t + 256, ... of the chunk's words, and
 // reads each word of both models once. Equations in consistency.h.
+#include <type_traits>
+
 #include "common/pack.cuh"
 #include "consistency/consistency.h"
 
@@ -209,29 +211,36 @@ __global__ void __launch_bounds__(kThreads) mixture_kernel(const __grid_constant
   }
 }
 
-template <class A, int kN, Divergence kKind>
+// To the policy's own place, or where G is no A to p.gradient.
+template <class A, class G, int kN, Divergence kKind>
 __global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constant__ ConsistencyParams p) {
-  A* policy = static_cast<A*>(p.policy) + int64_t{blockIdx.x} * p.columns;
+  const A* policy = static_cast<const A*>(p.policy) + int64_t{blockIdx.x} * p.columns;
   const A* reference = static_cast<const A*>(p.reference) + int64_t{blockIdx.x} * p.columns;
+  G* out = static_cast<G*>(std::is_same_v<A, G> ? p.policy : p.gradient) + int64_t{blockIdx.x} * p.columns;
   const Constants<A> row = constants_of<A>(p.state[blockIdx.x], kKind);
   const A beta = static_cast<A>(p.beta);
   const A scale = static_cast<A>((kKind == Divergence::kMixture ? 1 - p.beta : 1) / p.temperature);
   for (int64_t c = int64_t{threadIdx.x} * kN; c < p.columns; c += kThreads * kN) {
-    const auto zq = load_pack<A, kN>(policy + c), zp = load_pack<A, kN>(reference + c);
-    A g[kN];
+    A zq[kN], zp[kN], g[kN];
+    load_values(zq, policy + c);
+    load_values(zp, reference + c);
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      const A q = row.q.probability(zq.at[i]);
+      const A q = row.q.probability(zq[i]);
       if constexpr (kKind == Divergence::kForward) {
-        g[i] = q - row.p.probability(zp.at[i]);
+        g[i] = q - row.p.probability(zp[i]);
       } else {
-        const A log_q = row.q.log_probability(zq.at[i]), log_p = row.p.log_probability(zp.at[i]);
+        const A log_q = row.q.log_probability(zq[i]), log_p = row.p.log_probability(zp[i]);
         const A gap = kKind == Divergence::kReverse ? log_q - log_p : MixtureGaps<A>(log_p, log_q, beta).policy;
         g[i] = times(q, gap - row.center);
       }
       g[i] *= scale;
     }
-    store_values(policy + c, g);
+    if constexpr (std::is_same_v<A, G>) {
+      store_values(out + c, g);
+    } else {
+      store_pack(out + c, pack_of<G, kN>(g));
+    }
   }
 }
 
@@ -297,10 +306,19 @@ void consistency_mixture_cuda(const ConsistencyParams& p, cudaStream_t stream) {
 
 void consistency_gradient_cuda(const ConsistencyParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.columns == 0) return;
-  with_width(p, [&](auto width) {
-    with_kind(p.kind, [&](auto kind) {
+  with_kind(p.kind, [&](auto kind) {
+    constexpr Divergence kKind = decltype(kind)::value;
+    const auto rounded = [&](auto element) {
+      using G = decltype(element);
+      const bool wide = p.columns % kPackWidth<G> == 0 && is_aligned16(p.policy) && is_aligned16(p.reference) &&
+                        is_aligned16(p.gradient);
+      launch_rows(wide ? gradient_kernel<float, G, kPackWidth<G>, kKind> : gradient_kernel<float, G, 1, kKind>, p,
+                  stream);
+    };
+    if (p.gradient != nullptr) return p.gradient_dtype == Dtype::kHalf ? rounded(Half{}) : rounded(BFloat16{});
+    with_width(p, [&](auto width) {
       using W = decltype(width);
-      launch_rows(gradient_kernel<typename W::type, W::value, decltype(kind)::value>, p, stream);
+      launch_rows(gradient_kernel<typename W::type, typename W::type, W::value, kKind>, p, stream);
     });
   });
 }

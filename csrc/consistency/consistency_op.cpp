@@ -90,8 +90,20 @@ void consistency_mixture_op(const Tensor& policy, const Tensor& reference, Tenso
 }
 
 void consistency_gradient_op(Tensor policy, const Tensor& reference, const Tensor& state, double beta,
-                             double temperature) {
-  const ConsistencyParams p = checked_params(policy, reference, state, beta, temperature, "consistency_gradient_");
+                             double temperature, std::optional<Tensor> out) {
+  constexpr const char* kOp = "consistency_gradient_";
+  ConsistencyParams p = checked_params(policy, reference, state, beta, temperature, kOp);
+  if (out) {
+    VICO_CHECK(on_cuda(policy), kOp, "out is for CUDA alone: on the CPU the gradient takes the place of policy");
+    check_device(*out, policy, "out", "policy", kOp);
+    p.gradient_dtype = float_dtype(*out, "out", kOp);
+    VICO_CHECK(element_size(p.gradient_dtype) == 2 && p.dtype == Dtype::kFloat, kOp,
+               "out must be bfloat16 or float16 beside float32 policy, got ", dtype_string(*out), " beside ",
+               dtype_string(policy));
+    check_shape(*out, {p.rows, p.columns}, "out", "[rows, words]", kOp);
+    VICO_CHECK(out->is_contiguous(), kOp, "out must be contiguous");
+    p.gradient = out->mutable_data_ptr();
+  }
   if (policy.numel() == 0) return;
   if (on_cuda(policy)) {
     VICO_CUDA_CALL(consistency_gradient, p, policy);

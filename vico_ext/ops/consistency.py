@@ -23,9 +23,12 @@ from torch import Tensor
 _FIELDS = 6  # of a token's running state: ConsistencyRow in csrc/consistency/consistency.h
 # Words in a chunk. On the CPU a block's logits of a chunk stay in cache, and threads have few chunks to wait for.
 _CHUNK_WORDS = {"cpu": 8192, "cuda": 32768}
-# Bytes for a block's logits. A GPU needs more tokens in a block before reading the heads is not what it waits for.
-_WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}
+# Bytes for a block's logits. A GPU needs more tokens in a block before reading the heads is not what it waits for: 1024
+# of Qwen3's 151,936 words.
+_WORKSPACE = {"cpu": 256 << 20, "cuda": 1200 << 20}
 _MOST_BLOCK_TOKENS = 1024
+# A block of a GPU is whole tiles of its matrix products: 820 tokens take as long as 896.
+_TILE_TOKENS = {"cpu": 1, "cuda": 128}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -34,10 +37,13 @@ def _accumulate(t: Tensor) -> torch.dtype:
 
 
 def _block_size(tokens: int, words: int, itemsize: int, wanted: int, device: str = "cpu") -> int:
-    """Tokens per block: as asked, or as many as the workspace holds; blocks are of about one size."""
+    """Tokens per block: as asked, or as many as the workspace holds; blocks are of about one size, whole tiles."""
     most = wanted or max(16, min(_MOST_BLOCK_TOKENS, _WORKSPACE[device] // max(1, 2 * words * itemsize)))
+    tile = 1 if wanted or most < _TILE_TOKENS[device] else _TILE_TOKENS[device]
+    most -= most % tile
     blocks = -(-tokens // most)
-    return -(-tokens // max(1, blocks))
+    block = -(-tokens // max(1, blocks))
+    return -(-block // tile) * tile
 
 
 def _operand(t: Tensor) -> Tensor:
@@ -58,7 +64,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if b.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)  # on CUDA a often is of that dtype
 
 
 class _Chunk(NamedTuple):
@@ -70,12 +76,21 @@ class _Chunk(NamedTuple):
     ref_bias: Tensor | None
     logits: Tensor  # [block, words]
     ref_logits: Tensor
+    gradient: Tensor | None  # [block, words], the chunks' one place for dL/dlogits; None: that of the logits
 
 
 def _chunks(
-    weight: Tensor, bias: Tensor | None, ref_weight: Tensor, ref_bias: Tensor | None, block: int, dtype: torch.dtype
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    block: int,
+    dtype: torch.dtype,
+    rounded: bool,
 ) -> list[_Chunk]:
     size = _CHUNK_WORDS[weight.device.type]
+    # Rounded as the products take it, once and by the kernel that computes it.
+    gradient = weight.new_empty(block * min(size, len(weight))) if rounded else None
 
     def split(t: Tensor | None) -> tuple[Tensor, ...] | list[None]:
         return [None] * count if t is None else t.to(dtype).contiguous().split(size)
@@ -83,7 +98,14 @@ def _chunks(
     weights = weight.split(size)
     count = len(weights)
     return [
-        _Chunk(w, ref_w, b, ref_b, *(w.new_empty(block, len(w), dtype=dtype) for _ in range(2)))
+        _Chunk(
+            w,
+            ref_w,
+            b,
+            ref_b,
+            *(w.new_empty(block, len(w), dtype=dtype) for _ in range(2)),
+            None if gradient is None else gradient[: block * len(w)].view(block, len(w)),
+        )
         for w, ref_w, b, ref_b in zip(weights, ref_weight.split(size), split(bias), split(ref_bias), strict=True)
     ]
 
@@ -124,7 +146,8 @@ def _consistency_loss(
     grad_weight = weight.new_zeros(weight.shape if need_weight else (0,), dtype=dtype)
     grad_bias = weight.new_zeros(words if need_bias else 0, dtype=dtype)
     block = _block_size(count, words, dtype.itemsize, block_tokens, device)
-    chunks = _chunks(weight, bias, ref_weight, ref_bias, block, dtype) if count else []
+    rounded = device == "cuda" and hidden.dtype.itemsize == 2 and (need_hidden or need_weight) and not need_bias
+    chunks = _chunks(weight, bias, ref_weight, ref_bias, block, dtype, rounded) if count else []
     with torch.autocast(device, enabled=False):
         for begin in range(0, count, max(block, 1)):
             rows: Any = slice(begin, min(begin + block, count))
@@ -184,8 +207,9 @@ def _gradients(
     grad_h = torch.zeros_like(h, dtype=block_weights.dtype)
     weighted = (h * block_weights[:, None]).to(h.dtype)
     for i, c in enumerate(chunks):
-        grad = c.logits[: len(h)]
-        torch.ops.vico.consistency_gradient_(grad, c.ref_logits[: len(h)], state, beta, temperature)
+        z, out = c.logits[: len(h)], None if c.gradient is None else c.gradient[: len(h)]
+        torch.ops.vico.consistency_gradient_(z, c.ref_logits[: len(h)], state, beta, temperature, out)
+        grad = z if out is None else out
         if need_hidden:
             _add_product(grad_h, grad, _operand(c.weight))
         if grad_weight is not None:
@@ -303,7 +327,9 @@ def _(policy: Tensor, reference: Tensor, state: Tensor, beta: float) -> None:
 
 
 @torch.library.register_fake("vico::consistency_gradient_")
-def _(policy: Tensor, reference: Tensor, state: Tensor, beta: float, temperature: float) -> None:
+def _(
+    policy: Tensor, reference: Tensor, state: Tensor, beta: float, temperature: float, out: Tensor | None = None
+) -> None:
     return None
 
 

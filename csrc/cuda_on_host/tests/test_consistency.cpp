@@ -131,7 +131,38 @@ void check(const Problem& problem, Divergence kind, coh::Random& random) {
   result.policy_lse = lse.data();
   result.reference_lse = ref_lse.data();
   vico::consistency_result_cuda(result, nullptr);
+  // Rounded to 16 bits elsewhere first, which leaves the logits as they are; then in their place.
+  std::vector<std::vector<vico::BFloat16>> bfloats;
+  std::vector<std::vector<vico::Half>> halves;
+  const auto rounded = [&](auto& all, vico::Dtype dtype) {
+    using G = typename std::decay_t<decltype(all)>::value_type::value_type;
+    for (size_t c = 0; c < policy.size(); ++c) {
+      Buffer<G> out(policy[c].size(), problem.offset);
+      p.columns = problem.chunks[c];
+      p.policy = policy[c].data();
+      p.reference = reference[c].data();
+      p.gradient = out.data();
+      p.gradient_dtype = dtype;
+      vico::consistency_gradient_cuda(p, nullptr);
+      all.emplace_back(out.data(), out.data() + out.size());
+    }
+    p.gradient = nullptr;
+  };
+  if constexpr (std::is_same_v<A, float>) {
+    rounded(bfloats, vico::Dtype::kBFloat16);
+    rounded(halves, vico::Dtype::kHalf);
+  }
   for_chunks(vico::consistency_gradient_cuda);
+  if constexpr (std::is_same_v<A, float>) {
+    for (size_t c = 0; c < policy.size(); ++c) {
+      for (size_t e = 0; e < policy[c].size(); ++e) {
+        const auto bfloat = vico::pack_of<vico::BFloat16, 1>({policy[c][e]}).at[0];
+        const auto half = vico::pack_of<vico::Half, 1>({policy[c][e]}).at[0];
+        expect(!std::memcmp(&bfloat, &bfloats[c][e], 2), "bfloat16 gradient %zu of chunk %zu", e, c);
+        expect(!std::memcmp(&half, &halves[c][e], 2), "float16 gradient %zu of chunk %zu", e, c);
+      }
+    }
+  }
   for (size_t i = 0; i < rows; ++i) {
     const Wanted wanted(zq[i], zp[i], kind, beta, problem.temperature);
     double largest = 1;
