@@ -232,15 +232,19 @@ def connector(
         weight, bias = parameters(name)
         return _cast(x), _cast(weight), bias
 
-    def folded_layer(names: tuple[str, ...]) -> FoldedLinear | None:
+    _check_dtype(tokens, weights)
+    keeper = None
+    if projection == "folded":
         used = _FULL if plan is None else _FULL + _COMPRESSED
         drops = plan is not None and training and dropout_p > 0
-        if projection != "folded" or not runs_folded(tokens, [t for n in used for t in parameters(n)], drops):
+        if runs_folded(tokens, [t for name in used for t in parameters(name)], drops):
+            keeper = FoldedWeights() if folded is None else folded
+
+    def folded_layer(names: tuple[str, ...]) -> FoldedLinear | None:
+        if keeper is None:
             return None
-        keeper = FoldedWeights() if folded is None else folded
         return keeper.layer(names[1], parameters(names[0]), parameters(names[1]), tokens.dtype)
 
-    _check_dtype(tokens, weights)
     absent = (None, None, None)
     layout: dict[str, Any] = {"eps": eps, "grid": grid, "has_cls": has_cls, "ps_version": ps_version}
     if plan is None:
