@@ -31,11 +31,11 @@ half() {
     -k 'not (compile or export or opcheck or distributed or copies or peak_memory or keeps_the_mean)'
 }
 half test_doors.py test_pixel_shuffle.py test_normalized_shuffle.py test_bias_gelu.py test_pack_tokens.py \
-  test_routing_plan.py test_merge_tokens.py test_tokens.py test_projection.py >"$work/first" 2>&1 &
+  test_routing_plan.py test_merge_tokens.py test_tokens.py test_projection.py test_shuffled_projection.py >"$work/first" 2>&1 &
 first=$!
 bad=0
 half test_attention_pool.py test_skinny_linear.py test_compress_sequence.py test_connector.py test_router.py \
-  test_consistency.py || bad=1
+  test_consistency.py test_folded_connector.py || bad=1
 wait $first || bad=1
 cat "$work/first"
 echo "  cuda_host_doors: $(($(date +%s) - start)) s"

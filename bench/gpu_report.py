@@ -49,6 +49,8 @@ def _note(entry: dict[str, Any], gemms: dict[tuple[str, int], float]) -> str:
         notes.append(f"{100 * entry['of_copy_bandwidth']:.0f}% of the bandwidth of {kind}")
     if "gemms" in times:
         notes.append(f"{times['gemms']['p50'] / ours:.2f}× as fast as the bare GEMMs by cuBLAS")
+    if "folded" in times:
+        notes.append(f"norms folded in {times['folded']['p50'] * 1e6:.0f}")
     if "eager" in times:
         notes.append(f"without a graph {times['eager']['p50'] * 1e6:.0f}")
     if entry.get("peak_bytes"):

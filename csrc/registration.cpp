@@ -21,6 +21,18 @@ STABLE_TORCH_LIBRARY(vico, m) {
       "int grid_h, int grid_w, int rate, Tensor? tile_index, int skip, bool transposed, bool need_grad_tokens) -> "
       "(Tensor grad_tokens, Tensor grad_weight, Tensor grad_bias)");
 
+  // those statistics alone, and the layer that they are for: rstd (shuffled weight^T - mean gain_sum) + bias, or gelu
+  // of it, with the tokens read through their shuffled view, LayerNorm's gain in `weight`, gain_sum [N] the sums of its
+  // rows, and LayerNorm's bias in `bias`. Beside it, in the same launch, a layer of rows x, as `projection` has it;
+  // left out, its output is empty.
+  m.def(
+      "shuffle_statistics(Tensor tokens, float eps, int grid_h, int grid_w, int rate, Tensor? tile_index=None, "
+      "int skip=0, bool transposed=False) -> (Tensor mean, Tensor rstd)");
+  m.def(
+      "shuffled_projection(Tensor tokens, Tensor mean, Tensor rstd, Tensor weight, Tensor gain_sum, Tensor? bias, "
+      "int grid_h, int grid_w, int rate, Tensor? tile_index, int skip, bool transposed, bool gelu, Tensor? x=None, "
+      "Tensor? x_weight=None, Tensor? x_bias=None) -> (Tensor, Tensor)");
+
   // the projection's epilogue: dropout(gelu(x + bias)), exact GELU; the dropout mask is a function of `seed`
   m.def("bias_gelu(Tensor x, Tensor? bias=None, Tensor? seed=None, float dropout=0.0) -> Tensor");
   m.def("bias_gelu_(Tensor(a!) x, Tensor? bias=None, Tensor? seed=None, float dropout=0.0) -> ()");

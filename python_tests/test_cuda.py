@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from device import DEVICE
+from tolerance import assert_as_accurate
 
 import vico_ext
 from vico_ext import functional as VF
@@ -76,7 +77,7 @@ def test_two_runs_are_bit_equal(name):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("projection", ["torch", "fused"])
+@pytest.mark.parametrize("projection", ["torch", "fused", "folded"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_two_runs_of_the_visual_side_are_bit_equal(projection, grad):
     side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5), projection=projection)
@@ -158,9 +159,10 @@ def test_dropout_masks_are_those_of_the_cpu(dtype, columns):
     assert torch.equal(torch.ops.vico.bias_gelu(x.cpu(), None, seed.cpu(), 0.3) == 0, ours.cpu() == 0)
 
 
-def test_graph_of_the_whole_visual_side():
+@pytest.mark.parametrize("projection", ["torch", "folded"])
+def test_graph_of_the_whole_visual_side(projection):
     """Under a budget the count is known: one graph, replayed for other inputs, equals eager runs of those."""
-    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5))
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5), projection=projection)
     with torch.no_grad():
         warm = torch.cuda.Stream()
         warm.wait_stream(torch.cuda.current_stream())
@@ -190,8 +192,75 @@ def test_graph_draws_dropout_anew():
     assert not torch.equal(captured, first)
 
 
-def test_a_budget_waits_for_nothing():
-    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5))
+def test_graphs_keep_the_folded_weights_that_they_read():
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5), projection="folded")
+    connector, plan = side.connector, vico_ext.RoutingPlan.from_compress(torch.tensor([True, False] * 2), TOKENS)
+
+    def capture() -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = connector(side.tokens, plan)
+        return graph, out
+
+    with torch.no_grad():
+        before = connector(side.tokens, plan)
+        graph, out = capture()
+        connector.mlp1[1].weight.mul_(2)
+        now = connector(side.tokens, plan)  # frees what it no longer needs
+        taken = [torch.full((1 << 20,), torch.nan) for _ in range(64)]
+        graph.replay()
+        assert torch.equal(out, before)
+        assert not torch.equal(now, before)
+        del taken
+        graph, out = capture()
+        graph.replay()
+        assert torch.equal(out, now)
+        # Nothing is folded while a graph is captured.
+        connector.folded_weights.clear()
+        graph, out = capture()
+        graph.replay()
+        torch.testing.assert_close(out, now, rtol=0.05, atol=0.05)
+        assert not connector.folded_weights._kept
+
+
+def test_folded_weights_are_ready_on_every_stream():
+    """Made on one stream that is late, read on another right away."""
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5), projection="folded")
+    with torch.no_grad():
+        want = side.connector(side.tokens)
+        side.connector.folded_weights.clear()
+        torch.cuda.synchronize()
+        late, other = torch.cuda.Stream(), torch.cuda.Stream()
+        with torch.cuda.stream(late):
+            torch.cuda._sleep(50_000_000)
+            side.connector(side.tokens)
+        with torch.cuda.stream(other):
+            got = side.connector(side.tokens)
+        torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vit", "side"), [(64, 16), (64, 32), (40, 16)])
+def test_folded_is_as_accurate_as_torch(dtype, vit, side):
+    """Views that the sm_90a kernel takes, and one that it does not."""
+    connector = vico_ext.FusedConnector(vit, 96, dtype=dtype).eval()
+    exact_connector = vico_ext.FusedConnector(vit, 96, dtype=torch.float64).eval()
+    exact_connector.load_state_dict(connector.state_dict())
+    tokens = (torch.randn(TILES, 1 + side * side, vit) + 1).to(dtype)
+    plan = vico_ext.RoutingPlan.from_compress(
+        torch.tensor([True, False, False, True]), (side * side // 4, side * side // 16)
+    )
+    with torch.no_grad():
+        exact, torchs = exact_connector(tokens.double(), plan), connector(tokens, plan)
+        connector.projection = "folded"
+        assert_as_accurate(connector(tokens, plan), torchs, exact, roundings=2.0)
+        assert connector.folded_weights._kept
+
+
+@pytest.mark.parametrize("projection", ["torch", "folded"])
+def test_a_budget_waits_for_nothing(projection):
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5), projection=projection)
     with torch.no_grad():
         side()
         torch.cuda.set_sync_debug_mode("error")

@@ -81,6 +81,15 @@ CASES = {
         "ops.packed_projection(x, w, b, x[:, :2], w, b, tensor([0, 4, 6]) + 5, tensor([0, 1]))",
         r"cu_tokens must begin with 0, got 5|rows must go to places in \[0, 6\), row . would go to ",
     ),
+    "shuffle_statistics": (
+        "ops.shuffle_statistics(zeros(2, 17, 4), 1e-5, 4, 4, 2, tensor([0, 2]), 1)",
+        r"tile_index must lie in \[0, 2\), got 2 at position 1",
+    ),
+    "shuffled_projection": (
+        "w, s, n = zeros(6, 16).bfloat16(), zeros(1, 4), zeros(6); "
+        "ops.shuffled_projection(zeros(2, 17, 4).bfloat16(), s, s, w, n, n, 4, 4, 2, tensor([2]), 1, False, True)",
+        r"tile_index must lie in \[0, 2\), got 2 at position 0",
+    ),
     "route": ("VF.budget_route(tensor([0.5, torch.nan]), 1)", "p must hold probabilities, got NaN for tile 1"),
     "plan_routing": (
         "vico_ext.plan_routing(tensor([0.5, 1.5]), vico_ext.ThresholdPolicy())",

@@ -240,11 +240,11 @@ def test_bad_arguments():
         packed_op(*GOOD, *group(1, 4, 8, 5), plan.cu_tokens, plan.order)
     with pytest.raises(RuntimeError, match=r"full must have shape \[tiles, tokens, in features\]"):
         packed_op(GOOD[0][0], *GOOD[1:], *GOOD, plan.cu_tokens, plan.order)
-    with pytest.raises(ValueError, match="projection must be 'torch' or 'fused', got 'own'"):
+    with pytest.raises(ValueError, match="projection must be 'torch', 'fused' or 'folded', got 'own'"):
         vico_ext.FusedConnector(4, 4, projection="own")
     fused = vico_ext.FusedConnector(6, 10, projection="fused")
     fused.projection = "own"
-    with pytest.raises(ValueError, match="projection must be 'torch' or 'fused', got 'own'"):
+    with pytest.raises(ValueError, match="projection must be 'torch', 'fused' or 'folded', got 'own'"):
         fused(torch.zeros(1, 65, 6))
 
 

@@ -10,7 +10,13 @@ from interleaved import Contenders
 
 from vico_ext import functional as VF
 
-__all__ = ["bias_gelu_backward", "compress_sequence", "keep_placeholders", "normalized_shuffle_backward"]
+__all__ = [
+    "bias_gelu_backward",
+    "compress_sequence",
+    "keep_placeholders",
+    "normalized_shuffle_backward",
+    "shuffle_statistics",
+]
 
 
 def normalized_shuffle_backward(rate: int) -> Callable[[Size, int], Contenders]:
@@ -22,6 +28,16 @@ def normalized_shuffle_backward(rate: int) -> Callable[[Size, int], Contenders]:
         grad = torch.randn_like(out)
         arguments = (grad, tokens, weight, mean, rstd, *layout, True)
         return no_grad({"vico_ext": lambda: torch.ops.vico.normalized_shuffle_backward(*arguments)})
+
+    return build
+
+
+def shuffle_statistics(rate: int) -> Callable[[Size, int], Contenders]:
+    def build(size: Size, tiles: int) -> Contenders:
+        tokens = inputs(size, tiles).tokens
+        return no_grad(
+            {"vico_ext": lambda: torch.ops.vico.shuffle_statistics(tokens, 1e-5, 32, 32, rate, None, 1, False)}
+        )
 
     return build
 

@@ -96,6 +96,8 @@ CASES = [
         Case("normalized_shuffle_backward_4x4", B8, 32, kernels.normalized_shuffle_backward(4), rounds=31),
         shuffled_back,
     ),
+    op(Case("shuffle_statistics_2x2", B8, 32, kernels.shuffle_statistics(2), rounds=31), tokens_read),
+    op(Case("shuffle_statistics_4x4", B8, 32, kernels.shuffle_statistics(4), rounds=31), tokens_read),
     op(Case("pixel_shuffle_2x2", B8, 32, cases.shuffle(2), rounds=31), shuffled),
     op(Case("bias_gelu", B8, 32, cases.bias_gelu(), rounds=31), activations),
     op(

@@ -68,7 +68,8 @@ def projection(size: Size, tiles: int) -> Contenders:
 
 
 def connectors(size: Size, tiles: int) -> Contenders:
-    """Both connectors, half of the tiles compressed: by cuBLAS and own epilogues, and by own GEMMs."""
+    """Both connectors, half of the tiles compressed: by cuBLAS and own epilogues, by own GEMMs, and by those that read
+    the raw tokens through their shuffled view, the norms folded in."""
     model, x, plan = Model(size), inputs(size, tiles), half_plan(tiles)
 
     def run(projection: str) -> Callable[[], Tensor]:
@@ -78,7 +79,7 @@ def connectors(size: Size, tiles: int) -> Contenders:
 
         return call
 
-    return no_grad({"routed": run("torch"), "vico_ext": run("fused")})
+    return no_grad({"routed": run("torch"), "folded": run("folded"), "vico_ext": run("fused")})
 
 
 def skinny_linear(size: Size, tiles: int) -> Contenders:

@@ -2,6 +2,8 @@
 //
 // With x the row of C = rate^2 * V channels that pixel_shuffle gives for an output token:
 //   mean = sum(x) / C,  rstd = 1 / sqrt(sum((x - mean)^2) / C + eps),  out = (x - mean) * rstd * weight + bias.
+//
+// shuffle_statistics is mean and rstd alone, by the same kernels.
 #pragma once
 
 #include "common/cpu_arch.h"
@@ -19,9 +21,11 @@ struct NormalizedShuffleParams {
   const void* weight = nullptr;     // [out_channels], sum type
   const void* bias = nullptr;       // [out_channels], sum type
   bool element_parameters = false;  // CUDA: weight and bias are of type `dtype` instead
-  void* out = nullptr;              // [selected, out_tokens, out_channels], contiguous; must not alias `tokens`
-  void* mean = nullptr;             // [selected, out_tokens], sum type
-  void* rstd = nullptr;             // [selected, out_tokens], sum type
+  // [selected, out_tokens, out_channels], contiguous; must not alias `tokens`. Null: the statistics alone, and weight
+  // and bias are not read.
+  void* out = nullptr;
+  void* mean = nullptr;  // [selected, out_tokens], sum type
+  void* rstd = nullptr;  // [selected, out_tokens], sum type
 };
 
 // Work is ordered by block: block b is output token b % out_tokens of the buffer tile used_tiles[b / out_tokens], for

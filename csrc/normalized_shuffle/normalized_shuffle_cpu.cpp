@@ -62,6 +62,7 @@ void forward_row(const NormalizedShuffleParams& p, int64_t m) {
   const A rstd = 1 / std::sqrt(squares / static_cast<A>(channels) + static_cast<A>(p.eps));
   static_cast<A*>(p.mean)[m] = mean;
   static_cast<A*>(p.rstd)[m] = rstd;
+  if (!p.out) return;
   T* out = static_cast<T*>(p.out) + m * channels;
   const A *weight = static_cast<const A*>(p.weight), *bias = static_cast<const A*>(p.bias);
   for_runs(s, block, [&](int64_t offset, int64_t channel, int64_t length) {

@@ -2,7 +2,8 @@
 //
 // Resident kernel: a block goes from output token to output token; thread t has packs t, t + threads, ... of each row
 // in shared memory, so that a row is read once, for mean, centred squares and result alike. Streaming kernel: any row
-// length, alignment and type; a row is read three times, twice from the caches.
+// length, alignment and type; a row is read three times, twice from the caches. Both leave the result out where the
+// statistics alone are wanted.
 #include <algorithm>
 
 #include "common/block_reduce.cuh"
@@ -129,17 +130,19 @@ __global__ void __launch_bounds__(kResidentThreads<kUnits>,
       static_cast<A*>(p.mean)[m] = mean;
       static_cast<A*>(p.rstd)[m] = rstd;
     }
-    T* out = static_cast<T*>(p.out) + int64_t{m} * s.out_channels();
+    if (p.out) {
+      T* out = static_cast<T*>(p.out) + int64_t{m} * s.out_channels();
 #pragma unroll 4
-    for (int u = 0; u < kUnits; ++u) {
-      if (pack_index(u) >= row.packs) continue;
-      A weight[kN], bias[kN], y[kN];
-      load_parameter<T>(weight, p.weight, pack_index(u) * kN, p.element_parameters);
-      load_parameter<T>(bias, p.bias, pack_index(u) * kN, p.element_parameters);
-      load(y, u);
+      for (int u = 0; u < kUnits; ++u) {
+        if (pack_index(u) >= row.packs) continue;
+        A weight[kN], bias[kN], y[kN];
+        load_parameter<T>(weight, p.weight, pack_index(u) * kN, p.element_parameters);
+        load_parameter<T>(bias, p.bias, pack_index(u) * kN, p.element_parameters);
+        load(y, u);
 #pragma unroll
-      for (int i = 0; i < kN; ++i) y[i] = (y[i] - mean) * rstd * weight[i] + bias[i];
-      store_pack(out + pack_index(u) * kN, pack_of<T, kN>(y));
+        for (int i = 0; i < kN; ++i) y[i] = (y[i] - mean) * rstd * weight[i] + bias[i];
+        store_pack(out + pack_index(u) * kN, pack_of<T, kN>(y));
+      }
     }
     if (two_rows) {
       T* const next = there;
@@ -182,6 +185,7 @@ __global__ void __launch_bounds__(kStreamThreads)
     static_cast<A*>(p.mean)[m] = mean;
     static_cast<A*>(p.rstd)[m] = rstd;
   }
+  if (!p.out) return;
   for (unsigned u = threadIdx.x; u < row.packs; u += blockDim.x) {
     const auto x = load(u);
     A weight[kN], bias[kN], y[kN];

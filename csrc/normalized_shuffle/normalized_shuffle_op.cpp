@@ -1,4 +1,4 @@
-// The door of normalized_shuffle: checks, allocation, threads or launch.
+// The doors of normalized_shuffle and shuffle_statistics: checks, allocation, threads or launch.
 #include "door/parameter.h"
 #include "door/shuffle_args.h"
 #include "normalized_shuffle/backward_plan.h"
@@ -9,45 +9,73 @@ namespace {
 
 constexpr const char* kChannels = "[rate * rate * channels]";
 
-std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_op(const Tensor& tokens_in, const Tensor& weight_in,
+// Tokens, room for the statistics of their shuffled rows, and the kernels' parameters that point to both.
+struct Forward {
+  Tensor tokens, mean, rstd;
+  NormalizedShuffleParams p;
+};
+
+Forward checked_forward(const Tensor& tokens_in, double eps, const GridArgs& grid,
+                        const std::optional<Tensor>& tile_index, const char* op) {
+  VICO_CHECK(tokens_in.dim() == 3, op, "tokens must have shape [tiles, tokens, channels], got ",
+             shape_string(tokens_in));
+  const Tensor tokens = with_dense_last_dim(tokens_in);
+  NormalizedShuffleParams p;
+  p.shape = checked_shuffle_shape(tokens, grid, tile_index, op);
+  p.dtype = float_dtype(tokens, "tokens", op);
+  VICO_CHECK(eps >= 0, op, "eps must not be negative, got ", eps);
+  const ScalarType sum_type = accumulate_type(p.dtype);
+  Tensor mean = make_tensor(tokens, {p.shape.selected, p.shape.out_tokens()}, sum_type);
+  Tensor rstd = make_tensor(tokens, {p.shape.selected, p.shape.out_tokens()}, sum_type);
+  p.eps = eps;
+  p.tokens = tokens.const_data_ptr();
+  p.mean = mean.mutable_data_ptr();
+  p.rstd = rstd.mutable_data_ptr();
+  return {tokens, mean, rstd, p};
+}
+
+void run_forward(const Forward& f) {
+  const ShuffleShape& s = f.p.shape;
+  if (s.selected == 0 || s.channels == 0) return;
+  if (on_cuda(f.tokens)) {
+    VICO_CUDA_CALL(normalized_shuffle, f.p, f.tokens);
+  } else {
+    parallel_rows(s.selected * s.out_tokens(), s.out_channels(),
+                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle, f.p, begin, end); });
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_op(const Tensor& tokens, const Tensor& weight_in,
                                                          const Tensor& bias_in, double eps, int64_t grid_h,
                                                          int64_t grid_w, int64_t rate,
                                                          const std::optional<Tensor>& tile_index, int64_t skip,
                                                          bool transposed) {
   constexpr const char* kOp = "normalized_shuffle";
-  VICO_CHECK(tokens_in.dim() == 3, kOp, "tokens must have shape [tiles, tokens, channels], got ",
-             shape_string(tokens_in));
-  const Tensor tokens = with_dense_last_dim(tokens_in);
-  NormalizedShuffleParams p;
-  p.shape = checked_shuffle_shape(tokens, {grid_h, grid_w, rate, skip, transposed}, tile_index, kOp);
+  Forward f = checked_forward(tokens, eps, {grid_h, grid_w, rate, skip, transposed}, tile_index, kOp);
+  NormalizedShuffleParams& p = f.p;
   const ShuffleShape& s = p.shape;
-  p.dtype = float_dtype(tokens, "tokens", kOp);
-  check_parameter(weight_in, tokens, s.out_channels(), "weight", "tokens", kChannels, kOp);
-  check_parameter(bias_in, tokens, s.out_channels(), "bias", "tokens", kChannels, kOp);
+  check_parameter(weight_in, f.tokens, s.out_channels(), "weight", "tokens", kChannels, kOp);
+  check_parameter(bias_in, f.tokens, s.out_channels(), "bias", "tokens", kChannels, kOp);
   check_same_dtype(bias_in, weight_in, "bias", "weight", kOp);
-  VICO_CHECK(eps >= 0, kOp, "eps must not be negative, got ", eps);
 
-  const ScalarType sum_type = accumulate_type(p.dtype);
-  Tensor out = make_tensor(tokens, {s.selected, s.out_tokens(), s.out_channels()});
-  Tensor mean = make_tensor(tokens, {s.selected, s.out_tokens()}, sum_type);
-  Tensor rstd = make_tensor(tokens, {s.selected, s.out_tokens()}, sum_type);
+  Tensor out = make_tensor(f.tokens, {s.selected, s.out_tokens(), s.out_channels()});
   const Tensor weight = as_parameter(weight_in, p.dtype, p.element_parameters);
   const Tensor bias = as_parameter(bias_in, p.dtype, p.element_parameters);
-  p.eps = eps;
-  p.tokens = tokens.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.bias = bias.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  p.mean = mean.mutable_data_ptr();
-  p.rstd = rstd.mutable_data_ptr();
-  if (out.numel() == 0) return {out, mean, rstd};
-  if (on_cuda(tokens)) {
-    VICO_CUDA_CALL(normalized_shuffle, p, tokens);
-  } else {
-    parallel_rows(s.selected * s.out_tokens(), s.out_channels(),
-                  [&](int64_t begin, int64_t end) { VICO_CPU_CALL(normalized_shuffle, p, begin, end); });
-  }
-  return {out, mean, rstd};
+  run_forward(f);
+  return {out, f.mean, f.rstd};
+}
+
+std::tuple<Tensor, Tensor> shuffle_statistics_op(const Tensor& tokens, double eps, int64_t grid_h, int64_t grid_w,
+                                                 int64_t rate, const std::optional<Tensor>& tile_index, int64_t skip,
+                                                 bool transposed) {
+  constexpr const char* kOp = "shuffle_statistics";
+  const Forward f = checked_forward(tokens, eps, {grid_h, grid_w, rate, skip, transposed}, tile_index, kOp);
+  VICO_CHECK(f.p.shape.channels > 0, kOp, "tokens must have at least one channel, got shape ", shape_string(tokens));
+  run_forward(f);
+  return {f.mean, f.rstd};
 }
 
 // Both run the backward kernels and return the partial sums [chunks, 2 * out_channels] of grad_weight and grad_bias.
@@ -139,5 +167,6 @@ std::tuple<Tensor, Tensor, Tensor> normalized_shuffle_backward_op(const Tensor& 
 
 VICO_DOORS(m) {
   m.impl("normalized_shuffle", TORCH_BOX(&vico::normalized_shuffle_op));
+  m.impl("shuffle_statistics", TORCH_BOX(&vico::shuffle_statistics_op));
   m.impl("normalized_shuffle_backward", TORCH_BOX(&vico::normalized_shuffle_backward_op));
 }

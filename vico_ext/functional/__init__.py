@@ -2,6 +2,7 @@
 
 from vico_ext.functional.connector import bias_gelu, connector, pack_tokens
 from vico_ext.functional.consistency import ConsistencyLossOutput, consistency_loss
+from vico_ext.functional.folded import FoldedLinear, FoldedWeights, fold_layer_norm
 from vico_ext.functional.router import attention_pool, router_gate, router_pool, skinny_linear
 from vico_ext.functional.routing import budget_route, checked_probabilities, plan_tokens, released_route
 from vico_ext.functional.shuffle import normalized_shuffle, pixel_shuffle
@@ -17,6 +18,8 @@ from vico_ext.functional.tokens import (
 
 __all__ = [
     "ConsistencyLossOutput",
+    "FoldedLinear",
+    "FoldedWeights",
     "attention_pool",
     "bias_gelu",
     "budget_route",
@@ -24,6 +27,7 @@ __all__ = [
     "compress_positions",
     "connector",
     "consistency_loss",
+    "fold_layer_norm",
     "gather_tokens",
     "keep_placeholders",
     "merge_tokens",

@@ -16,6 +16,7 @@ from vico_ext.ops import (
     router_gate,
     router_pool,
     routing_plan,
+    shuffled_projection,
     skinny_linear,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "router_gate",
     "router_pool",
     "routing_plan",
+    "shuffled_projection",
     "skinny_linear",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from vico_ext.ops.second_derivative import refuse_second_derivative
 
 
-def _sum_dtype(tokens: Tensor) -> torch.dtype:
+def sum_dtype(tokens: Tensor) -> torch.dtype:
     return torch.float64 if tokens.dtype == torch.float64 else torch.float32
 
 
@@ -30,7 +30,7 @@ def _(
     selected = tokens.shape[0] if tile_index is None else tile_index.shape[0]
     shape = (selected, (grid_h // rate) * (grid_w // rate))
     out = tokens.new_empty(*shape, rate * rate * tokens.shape[2])
-    mean, rstd = (tokens.new_empty(shape, dtype=_sum_dtype(tokens)) for _ in range(2))
+    mean, rstd = (tokens.new_empty(shape, dtype=sum_dtype(tokens)) for _ in range(2))
     return out, mean, rstd
 
 

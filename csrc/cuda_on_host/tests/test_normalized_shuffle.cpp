@@ -45,18 +45,23 @@ struct Norm : ShuffleData<T> {
     }
   }
 
-  void run(Buffer<T>& out) {
+  vico::NormalizedShuffleParams params() {
     vico::NormalizedShuffleParams p;
     p.shape = this->shape;
     p.dtype = kDtype<T>;
     p.eps = kEps;
     p.tokens = this->tokens.data();
+    p.mean = mean.data();
+    p.rstd = rstd.data();
+    return p;
+  }
+  void run_statistics() { vico::normalized_shuffle_cuda(params(), nullptr); }
+  void run(Buffer<T>& out) {
+    vico::NormalizedShuffleParams p = params();
     p.weight = weight_data();
     p.bias = element_parameters ? static_cast<const void*>(element_bias.data()) : bias.data();
     p.element_parameters = element_parameters;
     p.out = out.data();
-    p.mean = mean.data();
-    p.rstd = rstd.data();
     vico::normalized_shuffle_cuda(p, nullptr);
   }
   const void* weight_data() const {
@@ -84,19 +89,47 @@ void expect_close(const char* what, size_t i, double got, double wanted, double 
 }
 
 template <class T>
+void check_statistics(const Norm<T>& d) {
+  const double n = static_cast<double>(d.channels);
+  for (int64_t m = 0; m < d.rows() && d.channels; ++m) {
+    double mu, rs;
+    d.exact_statistics(m, mu, rs);
+    expect_close("mean", static_cast<size_t>(m), static_cast<double>(d.mean[static_cast<size_t>(m)]), mu,
+                 allowed<double>(0, 0, 0) + 8 * coh::kEpsilon<accumulate_t<T>> * (1 + std::sqrt(n)));
+    expect_close("rstd", static_cast<size_t>(m), static_cast<double>(d.rstd[static_cast<size_t>(m)]), rs,
+                 8 * coh::kEpsilon<accumulate_t<T>> * (1 + std::sqrt(n)) * rs * (1 + rs));
+  }
+}
+
+// Without a result, and without weight and bias: the bits that come with one.
+template <class T>
+void statistics() {
+  for_every_problem(5, [](const ShuffleProblem& problem, coh::Random& random) {
+    Norm<T> d(problem, random);
+    d.run_statistics();
+    check_statistics(d);
+    Buffer<accumulate_t<T>> mean(d.mean.size()), rstd(d.rstd.size());
+    for (size_t m = 0; m < mean.size(); ++m) {
+      mean[m] = d.mean[m];
+      rstd[m] = d.rstd[m];
+    }
+    Buffer<T> out(static_cast<size_t>(d.rows() * d.channels), problem.offset);
+    d.run(out);
+    expect(d.channels == 0 || (same_bits(mean, d.mean) && same_bits(rstd, d.rstd)), "the statistics alone differ");
+  });
+}
+
+template <class T>
 void forward() {
   for_every_problem(3, [](const ShuffleProblem& problem, coh::Random& random) {
     Norm<T> d(problem, random);
     Buffer<T> out(static_cast<size_t>(d.rows() * d.channels), problem.offset);
     d.run(out);
+    check_statistics(d);
+    const double n = static_cast<double>(d.channels);
     for (int64_t m = 0; m < d.rows() && d.channels; ++m) {
       double mu, rs;
       d.exact_statistics(m, mu, rs);
-      const double n = static_cast<double>(d.channels);
-      expect_close("mean", static_cast<size_t>(m), static_cast<double>(d.mean[static_cast<size_t>(m)]), mu,
-                   allowed<double>(0, 0, 0) + 8 * coh::kEpsilon<accumulate_t<T>> * (1 + std::sqrt(n)));
-      expect_close("rstd", static_cast<size_t>(m), static_cast<double>(d.rstd[static_cast<size_t>(m)]), rs,
-                   8 * coh::kEpsilon<accumulate_t<T>> * (1 + std::sqrt(n)) * rs * (1 + rs));
       for (int64_t e = 0; e < d.channels; ++e) {
         const size_t c = static_cast<size_t>(e), i = static_cast<size_t>(m * d.channels + e);
         const double w = static_cast<double>(d.weight[c]), h = (coh::element_value(d.input(m, e)) - mu) * rs;
@@ -222,6 +255,10 @@ COH_CASE(forward_bfloat16) { forward<vico::BFloat16>(); }
 COH_CASE(forward_half) { forward<vico::Half>(); }
 COH_CASE(forward_float) { forward<float>(); }
 COH_CASE(forward_double) { forward<double>(); }
+COH_CASE(statistics_bfloat16) { statistics<vico::BFloat16>(); }
+COH_CASE(statistics_half) { statistics<vico::Half>(); }
+COH_CASE(statistics_float) { statistics<float>(); }
+COH_CASE(statistics_double) { statistics<double>(); }
 COH_CASE(backward_bfloat16) { backward<vico::BFloat16>(); }
 COH_CASE(backward_half) { backward<vico::Half>(); }
 COH_CASE(backward_float) { backward<float>(); }

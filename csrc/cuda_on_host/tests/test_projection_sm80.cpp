@@ -93,6 +93,7 @@ COH_CASE(folded_norm) {
   full.folded = compressed.folded = full.gelu = compressed.gelu = true;
   compressed.mapped = true;
   project<BFloat16>(kernel, {full, compressed});
+  project<Half>(kernel, {full, rows(3, 4, 24, 72)});  // the connectors' second launch: a view beside rows
 }
 COH_CASE(no_bank_conflicts) {
   const uint64_t before = coh::stats.bank_conflicts;

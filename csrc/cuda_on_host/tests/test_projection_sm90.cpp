@@ -70,6 +70,7 @@ COH_CASE(folded_norm) {
   full.folded = compressed.folded = full.gelu = compressed.gelu = full.bias = compressed.bias = true;
   full.mapped = true;
   project<BFloat16>(kernel, {full, compressed});
+  project<Half>(kernel, {full, rows(3, 64, 24, 200)});  // the connectors' second launch: a view beside rows
 }
 // What it does not take.
 COH_CASE(what_does_not_fit) {
