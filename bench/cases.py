@@ -84,9 +84,12 @@ class Model:
         with torch.no_grad():
             p = self.router(x.tokens)
         plan = vico_ext.plan_routing(p, POLICY)
-        visual = self.connector(x.tokens, plan)
-        merged = vico_ext.merge_visual_tokens(x.embeds, visual, x.input_ids, plan, placeholder_id=x.placeholder)
-        return merged.inputs_embeds
+        return self.connect(x, plan)
+
+    def connect(self, x: Inputs, plan: vico_ext.RoutingPlan) -> Tensor:
+        """The connector's rows in the prompt."""
+        arguments = (x.embeds, x.tokens, self.connector, x.input_ids, plan)
+        return vico_ext.connect_visual_tokens(*arguments, placeholder_id=x.placeholder).inputs_embeds
 
 
 def inputs(size: Size, tiles: int, text: int = 128) -> Inputs:

@@ -44,6 +44,10 @@ STABLE_TORCH_LIBRARY(vico, m) {
   m.def(
       "pack_tokens(Tensor full, Tensor compressed, Tensor? full_bias, Tensor? compressed_bias, Tensor cu_tokens, "
       "Tensor order) -> Tensor");
+  // the same, tile t's rows to rows first_row[t] .. of `out` [rows, H], whose other rows stay as they are
+  m.def(
+      "pack_tokens_(Tensor(a!) out, Tensor full, Tensor compressed, Tensor? full_bias, Tensor? compressed_bias, "
+      "Tensor first_row, Tensor order) -> ()");
   m.def(
       "pack_tokens_backward(Tensor grad_out, Tensor cu_tokens, Tensor order, SymInt full_tiles, int full_tokens, "
       "int compressed_tokens) -> (Tensor grad_full, Tensor grad_compressed, Tensor grad_full_bias, "
@@ -51,13 +55,16 @@ STABLE_TORCH_LIBRARY(vico, m) {
 
   // one layer of both connectors: x weight^T + bias, or dropout(gelu of it), dropout for `compressed` alone. A
   // connector that takes no part is left out, and its output is empty. The second op is the last layer, written in
-  // packed order.
+  // packed order; the third writes it into `out` as pack_tokens_ does.
   m.def(
       "projection(Tensor? full, Tensor? full_weight, Tensor? full_bias, Tensor? compressed, Tensor? compressed_weight, "
       "Tensor? compressed_bias, bool gelu, Tensor? seed=None, float dropout=0.0) -> (Tensor, Tensor)");
   m.def(
       "packed_projection(Tensor full, Tensor full_weight, Tensor? full_bias, Tensor compressed, "
       "Tensor compressed_weight, Tensor? compressed_bias, Tensor cu_tokens, Tensor order) -> Tensor");
+  m.def(
+      "packed_projection_(Tensor(a!) out, Tensor full, Tensor full_weight, Tensor? full_bias, Tensor compressed, "
+      "Tensor compressed_weight, Tensor? compressed_bias, Tensor first_row, Tensor order) -> ()");
 
   // absorbed attention pooling: softmax over a tile's tokens of query . token, and the tokens' mean under it
   m.def("attention_pool(Tensor tokens, Tensor query, int skip=0) -> (Tensor context, Tensor lse)");
@@ -86,6 +93,8 @@ STABLE_TORCH_LIBRARY(vico, m) {
 
   // rows of `embeds` and `tokens` laid out by `source`: -1 zero row, [0, R) a row of embeds, [R, R + T) a row of tokens
   m.def("merge_tokens(Tensor embeds, Tensor tokens, Tensor source) -> Tensor");
+  // the same without the tokens, T = token_rows: their rows are left for others to write
+  m.def("text_rows(Tensor embeds, Tensor source, SymInt token_rows) -> Tensor");
   m.def(
       "merge_tokens_backward(Tensor grad_out, Tensor source, SymInt embed_rows, SymInt token_rows, "
       "bool need_embeds, bool need_tokens) -> (Tensor grad_embeds, Tensor grad_tokens)");
@@ -98,6 +107,8 @@ STABLE_TORCH_LIBRARY(vico, m) {
   m.def(
       "compress_sequence(Tensor input_ids, Tensor keep, int placeholder, SymInt length, bool pad_left) -> "
       "(Tensor position, Tensor source)");
+  // of each tile the row i with source[i] == embed_rows + cu_tokens[t], where its tokens begin
+  m.def("tile_rows(Tensor source, Tensor cu_tokens, SymInt embed_rows) -> Tensor");
   m.def("renumber_positions(Tensor position_ids, Tensor position) -> Tensor");
 
   // divergence of a policy's next-token distribution from a reference's, per token, from hidden states [T, H], [T,

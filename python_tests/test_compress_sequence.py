@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device import ends_the_device
+from device import ends_the_device, value_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +106,47 @@ def test_positions_match_naive(batch, left, spare):
     assert source.tolist() == want_source
 
 
+@given(batches(), st.booleans(), st.integers(0, 3))
+@settings(deadline=None, max_examples=100)
+def test_tiles_begin_where_their_first_token_is(batch, left, spare):
+    ids, _, compress, tokens = batch
+    keep, counts = _keep(*batch)
+    _, source = VF.compress_positions(
+        ids, keep, int(counts.max()) + spare, placeholder_id=IMG, padding_side="left" if left else "right"
+    )
+    cu_tokens = torch.cat([torch.zeros(1).long(), torch.where(compress, tokens[1], tokens[0]).cumsum(0)])
+    got = VF.tile_rows(source.flatten(), cu_tokens, ids.numel())
+    flat = source.flatten().tolist()
+    assert got.tolist() == [flat.index(ids.numel() + k) for k in cu_tokens[:-1].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("source", "cu_tokens", "message"),
+    [
+        value_case([0, 2, 3, -1], [0, 3], "must hold the tokens of tile 0, 0 to 3 of cu_tokens behind 2 rows"),
+        value_case([2, 0, 3], [0, 2], "tile 0, 0 to 2 of cu_tokens .* one after another: is the plan of another batch"),
+        value_case([2, 3, 4], [0, 2, 2], "the tokens of tile 1, 2 to 2 of cu_tokens"),
+        value_case([2, 3, 4], [0, 2, 1], "the tokens of tile 1, 2 to 1 of cu_tokens"),
+        value_case([2, 3, 4], [0, 2, 2**62], "the tokens of tile 1, 2 to 4611686018427387904"),
+        value_case([2, 3, 4], [-1, 2], "the tokens of tile 0, -1 to 2"),
+        ([[2, 3, 4]], [0, 2], r"source must have shape \[rows\]"),
+        ([2.0], [0, 2], "source must be int64, got float32"),
+        ([2, 3], [0.0, 2.0], "cu_tokens must be int64, got float32"),
+        ([2, 3], [], r"cu_tokens must have shape \[tiles \+ 1\], got \[0\]"),
+    ],
+)
+def test_tiles_of_another_batch(source, cu_tokens, message):
+    cu_tokens = torch.tensor(cu_tokens) if cu_tokens else torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=message):
+        VF.tile_rows(torch.tensor(source), cu_tokens, 2)
+
+
+def test_rows_that_cannot_be_counted():
+    for embed_rows in (-1, 2**63 - 2):
+        with pytest.raises(RuntimeError, match=f"not be negative nor more than can be counted, got {embed_rows}"):
+            VF.tile_rows(torch.tensor([0, 1]), torch.tensor([0, 2]), embed_rows)
+
+
 def naive_renumber(position_ids, position):
     out = torch.zeros_like(position)
     rows, length = position_ids.shape
@@ -162,6 +203,7 @@ def test_opcheck():
     torch.library.opcheck(ops.keep_placeholders.default, (ids, mask, compress, IMG, 3, 1))
     torch.library.opcheck(ops.keep_placeholders.default, (ids, None, compress, IMG, 3, 1))
     torch.library.opcheck(ops.compress_sequence.default, (ids, keep, IMG, 4, True))
+    torch.library.opcheck(ops.tile_rows.default, (torch.tensor([1, 10, 11, -1, 12]), torch.tensor([0, 2, 3]), 10))
     torch.library.opcheck(ops.renumber_positions.default, (torch.arange(5).expand(2, 5), position))
 
 

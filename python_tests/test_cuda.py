@@ -20,7 +20,7 @@ TOKENS = (GRID * GRID // 4, GRID * GRID // 16)  # of a whole tile, and of a comp
 
 
 class VisualSide:
-    """Router, plan, connector and merge at a small size; ``tokens`` and ``embeds`` are static inputs."""
+    """Router, plan and connector into the prompt at a small size; ``tokens`` and ``embeds`` are static inputs."""
 
     def __init__(
         self, policy: vico_ext.RoutingPolicy, dtype: torch.dtype = torch.bfloat16, projection: str = "torch"
@@ -35,7 +35,15 @@ class VisualSide:
         self.embeds = torch.randn(1, self.input_ids.shape[1], 96, dtype=dtype)
 
     def __call__(self) -> torch.Tensor:
-        plan = vico_ext.plan_routing(self.router(self.tokens), self.policy, tokens=TOKENS)
+        plan = self.plan()
+        arguments = (self.embeds, self.tokens, self.connector, self.input_ids, plan)
+        return vico_ext.connect_visual_tokens(*arguments, placeholder_id=PLACEHOLDER).inputs_embeds
+
+    def plan(self) -> vico_ext.RoutingPlan:
+        return vico_ext.plan_routing(self.router(self.tokens), self.policy, tokens=TOKENS)
+
+    def two_steps(self) -> torch.Tensor:
+        plan = self.plan()
         visual = self.connector(self.tokens, plan)
         merged = vico_ext.merge_visual_tokens(self.embeds, visual, self.input_ids, plan, placeholder_id=PLACEHOLDER)
         return merged.inputs_embeds
@@ -159,7 +167,16 @@ def test_dropout_masks_are_those_of_the_cpu(dtype, columns):
     assert torch.equal(torch.ops.vico.bias_gelu(x.cpu(), None, seed.cpu(), 0.3) == 0, ours.cpu() == 0)
 
 
-@pytest.mark.parametrize("projection", ["torch", "folded"])
+@pytest.mark.parametrize("projection", ["torch", "fused", "folded"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fraction", [0.25, 0.6, 1.0])
+def test_rows_written_at_their_places_are_those_of_the_merge(projection, dtype, fraction):
+    side = VisualSide(vico_ext.BudgetPolicy(fraction=fraction), dtype, projection)
+    with torch.no_grad():
+        assert torch.equal(side(), side.two_steps())
+
+
+@pytest.mark.parametrize("projection", ["torch", "fused", "folded"])
 def test_graph_of_the_whole_visual_side(projection):
     """Under a budget the count is known: one graph, replayed for other inputs, equals eager runs of those."""
     side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5), projection=projection)
@@ -177,7 +194,7 @@ def test_graph_of_the_whole_visual_side(projection):
             side.tokens.normal_()
             side.embeds.normal_()
             graph.replay()
-            assert torch.equal(captured, side())
+            assert torch.equal(captured, side.two_steps())
 
 
 def test_graph_draws_dropout_anew():
@@ -258,7 +275,7 @@ def test_folded_is_as_accurate_as_torch(dtype, vit, side):
         assert connector.folded_weights._kept
 
 
-@pytest.mark.parametrize("projection", ["torch", "folded"])
+@pytest.mark.parametrize("projection", ["torch", "fused", "folded"])
 def test_a_budget_waits_for_nothing(projection):
     side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5), projection=projection)
     with torch.no_grad():

@@ -70,6 +70,22 @@ CASES = {
         "ops.pack_tokens(zeros(1, 4, 3), zeros(1, 2, 3), None, None, tensor([0, 4, 6]), tensor([1, 0]))",
         "cu_tokens gives tile .* is the plan of another batch",
     ),
+    "pack_tokens_, places": (
+        "ops.pack_tokens_(zeros(7, 3), zeros(1, 4, 3), zeros(1, 2, 3), None, None, tensor([4, 0]), tensor([0, 1]))",
+        "first_row gives tile 0 rows from 4 on, but it has 4 tokens, and out 7 rows",
+    ),
+    "pack_tokens_, one place": (
+        "ops.pack_tokens_(zeros(7, 3), zeros(1, 4, 3), zeros(1, 2, 3), None, None, tensor([1, 4]), tensor([0, 1]))",
+        "first_row gives tile . rows . to ., and some of them to another tile too",
+    ),
+    "text_rows": (
+        "ops.text_rows(zeros(2, 3), tensor([0, 6]), 4)",
+        r"source must lie in \[-1, 6\), got 6 at position 1",
+    ),
+    "tile_rows": (
+        "ops.tile_rows(tensor([0, 2, 1, 3]), tensor([0, 2]), 2)",
+        "source must hold the tokens of tile 0, 0 to 2 of cu_tokens behind 2 rows of embeddings, one after another",
+    ),
     "FusedConnector": (
         "plan = vico_ext.RoutingPlan.from_compress(tensor([False, True]), (16, 4)); "
         "plan = vico_ext.RoutingPlan(plan.compress, plan.cu_tokens, plan.order.flip(0), 1, (16, 4)); "

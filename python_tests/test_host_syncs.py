@@ -82,7 +82,7 @@ def host_reads(monkeypatch):
 
 
 class VisualSide(nn.Module):
-    """Router, plan, connector and merge."""
+    """Router, plan and connector into the prompt: by the merge where there are gradients, else straight there."""
 
     def __init__(self, policy: vico_ext.RoutingPolicy, device: str) -> None:
         super().__init__()
@@ -94,9 +94,10 @@ class VisualSide(nn.Module):
         self, tokens: Tensor, embeds: Tensor, ids: Tensor, mask: Tensor | None, length: int | None
     ) -> vico_ext.CompressedSequence:
         plan = vico_ext.plan_routing(self.router(tokens), self.policy, tiles_per_image=[1, 2, 1])
-        return vico_ext.merge_visual_tokens(
+        return vico_ext.connect_visual_tokens(
             embeds,
-            self.connector(tokens, plan),
+            tokens,
+            self.connector,
             ids,
             plan,
             placeholder_id=PLACEHOLDER,
@@ -126,6 +127,10 @@ def test_reads_of_the_visual_side(policy, host_reads):
         out.inputs_embeds.square().mean().backward()
     assert host_reads.reads == wanted
     host_reads.reads.clear()
+    with host_reads, torch.no_grad():  # the rows go straight to their places
+        side(*single, None)
+    assert host_reads.reads == wanted
+    host_reads.reads.clear()
     with host_reads:
         side(*padded, 900)
     assert host_reads.reads == wanted
@@ -147,6 +152,8 @@ def test_known_counts_need_no_values_at_all(policy, rows):
     side, given, length = VisualSide(policy, "meta"), inputs("meta", rows), None if rows == 1 else 900
     side.router = FirstValue()
     with HostReads() as mode:
+        with torch.no_grad():
+            side(*given, length)
         out = side(*given, length)
         out.inputs_embeds.square().mean().backward()
     assert not mode.reads

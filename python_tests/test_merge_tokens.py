@@ -50,6 +50,24 @@ def test_matches_reference(problem):
 
 @given(problems())
 @settings(deadline=None, max_examples=100)
+def test_text_rows_are_those_of_the_merge(problem):
+    embeds, tokens, source = problem
+    got, want = VF.text_rows(embeds, source, len(tokens)), VF.merge_tokens(*problem)
+    assert got.shape == want.shape
+    text = source < len(embeds)
+    assert torch.equal(got[text], want[text])
+
+
+def test_text_rows_refuse_to_lose_a_gradient():
+    embeds, source = torch.randn(2, 3, requires_grad=True), torch.tensor([1, 2, -1])
+    with pytest.raises(ValueError, match="rows unwritten and has no gradient, but embeds requires one: use merge_tok"):
+        VF.text_rows(embeds, source, 1)
+    with torch.no_grad():
+        assert torch.equal(VF.text_rows(embeds, source, 1)[0], embeds[1])
+
+
+@given(problems())
+@settings(deadline=None, max_examples=100)
 def test_backward_is_the_adjoint(problem):
     embeds, tokens, source = (t.detach() for t in problem)
     embeds, tokens = embeds.double().requires_grad_(), tokens.double().requires_grad_()
@@ -165,6 +183,8 @@ def test_opcheck(dtype):
     grad = torch.randn(5, 5, dtype=dtype)
     for needed in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(ops.merge_tokens_backward.default, (grad, source, 4, 3, *needed))
+    text = torch.tensor([3, -1, 0, 0, 2])  # what is left unwritten cannot be compared
+    torch.library.opcheck(ops.text_rows.default, (embeds.detach(), text, 3))
     torch.library.opcheck(ops.scatter_tokens_.default, (embeds.detach(), torch.tensor([2, 0, 3]), tokens.detach()))
 
 
@@ -224,6 +244,22 @@ E23, T43 = torch.zeros(2, 3), torch.zeros(4, 3)
 def test_bad_merges(embeds, tokens, source, message):
     with pytest.raises(RuntimeError, match=message):
         ops.merge_tokens(embeds, tokens, torch.tensor(source))
+
+
+@pytest.mark.parametrize(
+    ("embeds", "source", "token_rows", "message"),
+    [
+        value_case(E23, [6], 4, r"source must lie in \[-1, 6\), got 6 at position 0"),
+        value_case(E23, [0, -2], 4, r"source must lie in \[-1, 6\), got -2 at position 1"),
+        (E23, [0], -1, "embed_rows and token_rows must not be negative, got 2 and -1"),
+        (E23, [0], 2**63 - 1, "more rows than can be counted, got 2 and 9223372036854775807"),
+        (E23[0], [0], 0, r"embeds must have shape \[rows, hidden\]"),
+        (E23, [0.0], 0, "source must be int64, got float32"),
+    ],
+)
+def test_bad_text_rows(embeds, source, token_rows, message):
+    with pytest.raises(RuntimeError, match=message):
+        VF.text_rows(embeds, torch.tensor(source), token_rows)
 
 
 @pytest.mark.parametrize(

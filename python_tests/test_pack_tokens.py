@@ -15,6 +15,7 @@ from vico_ext.routing import RoutingPlan
 
 op = torch.ops.vico.pack_tokens
 op_backward = torch.ops.vico.pack_tokens_backward
+op_in_place = torch.ops.vico.pack_tokens_
 
 
 def _expected(full, compressed, plan, full_bias=None, compressed_bias=None):
@@ -46,6 +47,31 @@ def test_bit_equal_to_torch(problem):
     got = VF.pack_tokens(*problem)
     assert torch.equal(got, _expected(*problem))
     assert got.is_contiguous()
+
+
+def _places(plan, spare=1):
+    """Rows for each tile, the last tile's first, with `spare` rows before each; and how many rows that takes."""
+    counts = plan.cu_tokens.diff().tolist()
+    places, rows = [0] * plan.tiles, spare
+    for t in reversed(range(plan.tiles)):
+        places[t], rows = rows, rows + counts[t] + spare
+    return torch.tensor(places, dtype=torch.int64), rows
+
+
+@given(problems(), st.integers(0, 2), st.integers(0, 9))
+@settings(deadline=None, max_examples=150)
+def test_in_place_is_bit_equal_and_writes_nothing_else(problem, spare, padding):
+    full, compressed, plan, *biases = problem
+    first_row, rows = _places(plan, spare)
+    hidden = full.shape[2]
+    buffer = torch.randn(rows, hidden + padding).to(full.dtype)
+    want, out = buffer.clone(), buffer[:, :hidden]
+    packed = _expected(*problem)
+    for t, row in enumerate(first_row.tolist()):
+        tile = packed[plan.cu_tokens[t] : plan.cu_tokens[t + 1]]
+        want[row : row + len(tile), :hidden] = tile
+    assert VF.pack_tokens_(out, full, compressed, plan, first_row, *biases) is out
+    assert torch.equal(buffer, want)
 
 
 @given(problems())
@@ -100,6 +126,9 @@ def test_opcheck(dtype):
     full, compressed, full_bias, _, *plan = _arguments(dtype, requires_grad=True)
     torch.library.opcheck(op.default, (full, compressed, full_bias, None, *plan))
     torch.library.opcheck(op_backward.default, (torch.randn(14, 3, dtype=dtype), *plan, 2, 4, 2))
+    rows = [t.detach() for t in (full, compressed, full_bias)]
+    places = torch.tensor([1, 12, 5, 8, 15])
+    torch.library.opcheck(op_in_place.default, (torch.randn(17, 3, dtype=dtype), *rows, None, places, plan[1]))
 
 
 def test_two_runs_are_bit_equal_on_any_number_of_threads():
@@ -182,3 +211,54 @@ def test_compiles_whole_with_dynamic_tiles():
         plan = RoutingPlan.from_compress(torch.tensor(compress), (4, 2))
         full, compressed = torch.randn(plan.full_tiles, 4, 6), torch.randn(plan.compressed_tiles, 2, 6)
         assert torch.equal(compiled(full, compressed, plan), _expected(full, compressed, plan))
+
+
+# ---- in place
+
+
+def test_in_place_refuses_to_lose_a_gradient():
+    full, compressed, full_bias, compressed_bias, cu_tokens, _ = _arguments(requires_grad=True)
+    plan = RoutingPlan.from_compress(torch.tensor([False, True, True, False, True]), (4, 2))
+    out, rows = torch.zeros(14, 3, dtype=torch.float64), (full, compressed, plan, cu_tokens[:-1].contiguous())
+    message = r"pack_tokens_ writes in place and has no gradient, but out, full, .* require one: use pack_tokens, or"
+    with pytest.raises(ValueError, match=message):
+        VF.pack_tokens_(out, *rows, full_bias, compressed_bias)
+    with torch.no_grad():
+        VF.pack_tokens_(out, *rows, full_bias, compressed_bias)
+    assert torch.equal(out, VF.pack_tokens(full, compressed, plan, full_bias, compressed_bias))
+    with pytest.raises(ValueError, match=r"full must have shape \[2, 4, H\] for this plan of 5 tiles"):
+        VF.pack_tokens_(out, compressed, *rows[1:])
+
+
+OUT = torch.zeros(14, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        value_case({"order": [0, 3, 1, 2, 2]}, r"order must hold each tile of \[0, 5\) once, got 2 at position 4"),
+        value_case({"first_row": [-1, 4, 6, 8, 12]}, "tile 0 rows from -1 on, but it has 4 tokens, and out 14 rows"),
+        value_case({"first_row": [0, 4, 6, 11, 8]}, "tile 3 rows from 11 on, but it has 4 tokens, and out 14 rows"),
+        value_case({"first_row": [0, 4, 6, 8, BIG * 2 - 1]}, "but it has 2 tokens, and out 14 rows"),
+        value_case({"first_row": [0, 4, 4, 8, 12]}, "rows 4 to 6, and some of them to another tile too"),
+        value_case({"first_row": [0, 3, 6, 8, 12]}, "rows .*, and some of them to another tile too"),
+        ({"first_row": [0, 4, 6, 8]}, r"first_row must have shape .* = \[5\], got \[4\]"),
+        ({"first_row": torch.zeros(10).long()[::2]}, "first_row must be contiguous"),
+        ({"first_row": torch.zeros(5)}, "first_row must be int64, got float32"),
+        ({"out": OUT.double()}, r"out must have the dtype of full \(float32\), got float64"),
+        ({"out": OUT[:, :2]}, r"out must have shape \[rows, hidden\] = \[\*, 3\], got \[14, 2\]"),
+        ({"out": OUT.view(3, 14).t()}, "out is written in place and must have its channels next to each other"),
+        ({"out": torch.zeros(3).expand(14, 3)}, "out is written in place and its rows must not overlap, got stride 0"),
+        ({"full": OUT[:8].view(2, 4, 3)}, r"full must not share memory with out, .* pass full.clone\(\)"),
+        ({"compressed": OUT[8:].view(3, 2, 3)}, "compressed must not share memory with out"),
+        ({"compressed_bias": OUT[13]}, "compressed_bias must not share memory with out"),
+    ],
+)
+def test_bad_places(change, message):
+    full, compressed, full_bias, compressed_bias, cu_tokens, order = _arguments(torch.float32)
+    good = {"out": OUT, "full": full, "compressed": compressed, "full_bias": full_bias}
+    good |= {"compressed_bias": compressed_bias, "first_row": cu_tokens[:-1].contiguous(), "order": order}
+    op_in_place(*good.values())
+    changed = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in change.items()}
+    with pytest.raises(RuntimeError, match=message):
+        op_in_place(*{**good, **changed}.values())

@@ -18,6 +18,7 @@ from vico_ext.routing import RoutingPlan
 
 op = torch.ops.vico.projection
 packed_op = torch.ops.vico.packed_projection
+in_place_op = torch.ops.vico.packed_projection_
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -115,6 +116,28 @@ def test_packed(dtype, compress):
     assert_close(got, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("padding", "offset"), [(0, 0), (8, 0), (3, 0), (0, 1)])
+@pytest.mark.parametrize("compress", [(False, True, True, False, True), (True,), (False, False), ()])
+def test_in_place_is_bit_equal_and_writes_nothing_else(dtype, padding, offset, compress):
+    plan = plan_of(compress, (16, 4)) if compress else RoutingPlan.from_compress(torch.zeros(0).bool(), (16, 4))
+    full = group(plan.full_tiles, 16, 40, 24, dtype)
+    compressed = group(plan.compressed_tiles, 4, 72, 24, dtype, bias=False)
+    packed = packed_op(*full, *compressed, plan.cu_tokens, plan.order)
+    # The last tile's rows first, three free rows before each.
+    first_row = (plan.total_tokens + 3 * plan.tiles - plan.cu_tokens[1:] - 3 * torch.arange(plan.tiles)).contiguous()
+    rows = plan.total_tokens + 3 * plan.tiles
+    buffer = torch.randn(rows * (24 + padding) + offset).to(dtype)
+    out, want = (b[offset:].view(rows, 24 + padding)[:, :24] for b in (buffer, buffer.clone()))
+    for t, row in enumerate(first_row.tolist()):
+        tile = packed[plan.cu_tokens[t] : plan.cu_tokens[t + 1]]
+        want[row : row + len(tile)] = tile
+    in_place_op(out, *full, *compressed, first_row, plan.order)
+    assert torch.equal(out, want)
+    if rows and padding:
+        assert torch.equal(buffer[offset:].view(rows, -1)[:, 24:], want._base[offset:].view(rows, -1)[:, 24:])
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gradients(gelu):
     seed = torch.tensor([5])
@@ -148,6 +171,8 @@ def test_opcheck(dtype):
     for arguments in ((*full, *compressed, True, seed, 0.5), (None, None, None, *compressed, False)):
         torch.library.opcheck(op, arguments, test_utils=tests)
     torch.library.opcheck(packed_op, (*full, *compressed, plan.cu_tokens, plan.order), test_utils=tests)
+    arguments = [t.detach() for t in (torch.zeros(13, 6, dtype=dtype), *full, *compressed)]
+    torch.library.opcheck(in_place_op, (*arguments, torch.tensor([9, 0, 3]), plan.order), test_utils=tests)
 
 
 # ---- the connector
@@ -248,6 +273,20 @@ def test_bad_arguments():
         fused(torch.zeros(1, 65, 6))
 
 
+def test_bad_buffers():
+    plan = plan_of((False, True), (4, 2))
+    arguments, first_row = (*GOOD, GOOD[0][:, :2], *GOOD[1:]), plan.cu_tokens[:2].contiguous()
+    with pytest.raises(RuntimeError, match=r"out must have shape \[rows, hidden\] = \[\*, 6\], got \[8, 5\]"):
+        in_place_op(torch.zeros(8, 5), *arguments, first_row, plan.order)
+    with pytest.raises(RuntimeError, match=r"out must have the dtype of full \(float32\), got float64"):
+        in_place_op(torch.zeros(8, 6).double(), *arguments, first_row, plan.order)
+    with pytest.raises(RuntimeError, match=r"first_row must have shape .* = \[2\], got \[3\]"):
+        in_place_op(torch.zeros(8, 6), *arguments, plan.cu_tokens, plan.order)
+    weight = torch.zeros(8, 8)
+    with pytest.raises(RuntimeError, match="compressed_weight must not share memory with out"):
+        in_place_op(weight.view(-1)[:48].view(8, 6), *GOOD, GOOD[0], weight[:6], None, first_row, plan.order)
+
+
 def test_plan_of_another_batch():
     plan = plan_of((False, True), (4, 2))
     arguments = (*group(1, 4, 8, 6, torch.bfloat16), *group(1, 2, 8, 6, torch.bfloat16))
@@ -266,3 +305,7 @@ def test_values_of_another_batchs_plan():
         packed_op(*arguments, plan.cu_tokens + 3, plan.order)
     with pytest.raises(RuntimeError, match=r"another batch|tiles must lie in|rows must go to places in"):
         packed_op(*arguments, plan.cu_tokens, plan.order + 1)
+    out = torch.zeros(6, 6).bfloat16()
+    # The test build's kernel sees the first row that is outside, the check of the CPU the tile.
+    with pytest.raises(RuntimeError, match=r"first_row gives tile 0 rows from 3 on|rows must go to places in \[0, 6\)"):
+        in_place_op(out, *arguments, torch.tensor([3, 0]), plan.order)

@@ -15,7 +15,7 @@ from vico_ext.routing import (
     ThresholdPolicy,
     plan_routing,
 )
-from vico_ext.tokens import CompressedSequence, compress_sequence, merge_visual_tokens
+from vico_ext.tokens import CompressedSequence, compress_sequence, connect_visual_tokens, merge_visual_tokens
 # isort: on
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "ThresholdPolicy",
     "VisualResolutionRouter",
     "compress_sequence",
+    "connect_visual_tokens",
     "functional",
     "load_flash",
     "load_internvl",

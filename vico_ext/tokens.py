@@ -5,6 +5,7 @@ Symbols: B rows, L positions before and L' after compression, P tiles, T packed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from vico_ext import functional
 from vico_ext.functional.sync import size_on_host
+from vico_ext.modules import FusedConnector
 from vico_ext.routing import RoutingPlan
 
-__all__ = ["CompressedSequence", "compress_sequence", "merge_visual_tokens"]
+__all__ = ["CompressedSequence", "compress_sequence", "connect_visual_tokens", "merge_visual_tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +62,29 @@ class CompressedSequence:
 
         Differentiable in both. Returns ``[B, L', H]`` in the dtype of ``inputs_embeds``.
         """
-        if inputs_embeds.shape[:-1] != self.keep_mask.shape:
-            raise ValueError(
-                f"inputs_embeds must have shape {[*self.keep_mask.shape, 'H']} like input_ids, got "
-                f"{list(inputs_embeds.shape)}"
-            )
+        _check_embeds(inputs_embeds, self.keep_mask)
         hidden = inputs_embeds.shape[-1]
         rows = functional.merge_tokens(inputs_embeds.reshape(-1, hidden), visual_tokens, self.source.flatten())
         return rows.view(*self.source.shape, hidden)
 
+    def tile_rows(self, plan: RoutingPlan) -> Tensor:
+        """Where each tile's visual tokens begin: ``[P]`` int64, rows of ``inputs_embeds.view(-1, H)``.
+
+        Tile t has as many rows from there on as the plan gives it tokens. ``plan`` is the one of this sequence; another
+        is a RuntimeError where tiles are not found, on an accelerator at the next call that waits for the device.
+        """
+        return functional.tile_rows(self.source.flatten(), plan.cu_tokens, self.keep_mask.numel())
+
 
 torch.export.register_dataclass(CompressedSequence, serialized_type_name="vico_ext.CompressedSequence")
 torch.serialization.add_safe_globals([CompressedSequence])
+
+
+def _check_embeds(inputs_embeds: Tensor, like_ids: Tensor) -> None:
+    if inputs_embeds.shape[:-1] != like_ids.shape or inputs_embeds.dim() != like_ids.dim() + 1:
+        raise ValueError(
+            f"inputs_embeds must have shape {[*like_ids.shape, 'H']} like input_ids, got {list(inputs_embeds.shape)}"
+        )
 
 
 def _check_like_ids(t: Tensor | None, input_ids: Tensor, name: str, *, one_row: bool = False) -> None:
@@ -239,10 +252,7 @@ def merge_visual_tokens(
         RuntimeError: their widths H differ, or dtypes or devices do not fit.
     """
     _check_arguments(input_ids, plan, attention_mask, labels, position_ids, padding_side)
-    if inputs_embeds.shape[:-1] != input_ids.shape or inputs_embeds.dim() != input_ids.dim() + 1:
-        raise ValueError(
-            f"inputs_embeds must have shape {[*input_ids.shape, 'H']} like input_ids, got {list(inputs_embeds.shape)}"
-        )
+    _check_embeds(inputs_embeds, input_ids)
     if visual_tokens.dim() != 2 or visual_tokens.shape[0] != plan.total_tokens:
         raise ValueError(
             f"visual_tokens must have shape [{plan.total_tokens}, H], the plan's total_tokens ({plan.full_tiles} tiles "
@@ -261,3 +271,64 @@ def merge_visual_tokens(
         length=length,
     )
     return replace(sequence, inputs_embeds=sequence.merge(inputs_embeds, visual_tokens))
+
+
+def connect_visual_tokens(
+    inputs_embeds: Tensor,
+    vit_tokens: Tensor,
+    connector: Callable[[Tensor, RoutingPlan], Tensor],
+    input_ids: Tensor,
+    plan: RoutingPlan,
+    *,
+    placeholder_id: int,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    padding_side: str = "left",
+    pad_token_id: int = 0,
+    label_pad: int = -100,
+    length: int | None = None,
+) -> CompressedSequence:
+    """:func:`merge_visual_tokens` of ``connector(vit_tokens, plan)``, without the packed tensor between the two.
+
+    For inference: the connector's last layer writes its rows straight into the new ``inputs_embeds``, which saves one
+    write and one read of all visual tokens. The result is the same, bit for bit. Where a gradient is recorded, the
+    dtype of ``inputs_embeds`` is not the connector's, or ``connector`` is not a plain :class:`FusedConnector` (its
+    layers may be replaced, but it is no subclass, compiled wrapper or module with hooks of its own), it takes the two
+    steps.
+
+    Args:
+        inputs_embeds: ``[B, L, H]``, or ``[L, H]`` with ``input_ids`` [L]; its rows at placeholders are not read.
+        vit_tokens: ``[P, 1 + N, V]`` with the CLS token in front, or ``[P, N, V]``, as the connector takes them.
+        connector: called with ``vit_tokens`` and ``plan``; gives the visual tokens ``[T, H]``, packed in tile order.
+        input_ids: see :func:`compress_sequence`, as for all that follows.
+        plan: the plan of these P tiles.
+
+    Returns:
+        The batch with ``inputs_embeds`` ``[B, L', H]`` in the dtype of ``inputs_embeds``, zeros at padding.
+
+    Raises:
+        TypeError: ``plan`` is not a plan, and whatever the connector raises.
+        ValueError: the shapes of ``inputs_embeds`` or ``vit_tokens`` do not fit ``input_ids`` or ``plan``, and whatever
+            :func:`compress_sequence` and the connector raise.
+        RuntimeError: the widths H differ, or dtypes or devices do not fit.
+    """
+    options: dict[str, Any] = {
+        "placeholder_id": placeholder_id,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "position_ids": position_ids,
+        "padding_side": padding_side,
+        "pad_token_id": pad_token_id,
+        "label_pad": label_pad,
+        "length": length,
+    }
+    _check_arguments(input_ids, plan, attention_mask, labels, position_ids, padding_side)
+    _check_embeds(inputs_embeds, input_ids)
+    if not (isinstance(connector, FusedConnector) and connector.writes_rows(vit_tokens, inputs_embeds)):
+        return merge_visual_tokens(inputs_embeds, connector(vit_tokens, plan), input_ids, plan, **options)
+    sequence = compress_sequence(input_ids, plan, **options)
+    hidden = inputs_embeds.shape[-1]
+    rows = functional.text_rows(inputs_embeds.reshape(-1, hidden), sequence.source.flatten(), plan.total_tokens)
+    connector(vit_tokens, plan, out=rows, first_row=sequence.tile_rows(plan))
+    return replace(sequence, inputs_embeds=rows.view(*sequence.source.shape, hidden))

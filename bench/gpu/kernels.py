@@ -8,6 +8,7 @@ import torch
 from cases import PLACEHOLDER, Size, half_plan, inputs, no_grad
 from interleaved import Contenders
 
+import vico_ext
 from vico_ext import functional as VF
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "keep_placeholders",
     "normalized_shuffle_backward",
     "shuffle_statistics",
+    "tile_rows",
 ]
 
 
@@ -58,3 +60,9 @@ def compress_sequence(size: Size, tiles: int) -> Contenders:
     keep, _ = VF.keep_placeholders(ids, plan.compress, placeholder_id=PLACEHOLDER)
     length = ids.shape[1] - 192 * plan.compressed_tiles
     return no_grad({"vico_ext": lambda: VF.compress_positions(ids, keep, length, placeholder_id=PLACEHOLDER)})
+
+
+def tile_rows(size: Size, tiles: int) -> Contenders:
+    ids, plan = inputs(size, tiles).input_ids[None], half_plan(tiles)
+    source = vico_ext.compress_sequence(ids, plan, placeholder_id=PLACEHOLDER).source.flatten()
+    return no_grad({"vico_ext": lambda: VF.tile_rows(source, plan.cu_tokens, ids.numel())})

@@ -114,6 +114,8 @@ CASES = [
     op(Case("attention_pool", V1024, 1, cases.attention_pool, rounds=31), tokens_read),
     op(Case("skinny_linear", V1024, 32, whole.skinny_linear, rounds=31), weight_read),
     op(Case("connectors", B8, 32, whole.connectors, rounds=15)),
+    op(Case("connectors_into_prompt", B8, 32, whole.connectors_into_prompt, rounds=15)),
+    op(Case("tile_rows", B8, 32, kernels.tile_rows, rounds=31)),
     Measured(Case("consistency_loss_training", B8, 16, cases.consistency_loss, rounds=5, memory=True)),
     op(Case("keep_placeholders", B8, 32, kernels.keep_placeholders, rounds=31)),
     op(Case("compress_sequence", B8, 32, kernels.compress_sequence, rounds=31)),

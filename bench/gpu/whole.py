@@ -16,6 +16,7 @@ import vico_ext
 
 __all__ = [
     "connectors",
+    "connectors_into_prompt",
     "connectors_training",
     "first_token",
     "gemms",
@@ -82,6 +83,19 @@ def connectors(size: Size, tiles: int) -> Contenders:
     return no_grad({"routed": run("torch"), "folded": run("folded"), "vico_ext": run("fused")})
 
 
+def connectors_into_prompt(size: Size, tiles: int) -> Contenders:
+    """Both connectors and their rows in the prompt, half of the tiles compressed: packed and merged, and straight."""
+    model, x, plan = Model(size), inputs(size, tiles), half_plan(tiles)
+
+    def merged() -> Tensor:
+        visual = model.connector(x.tokens, plan)
+        return vico_ext.merge_visual_tokens(
+            x.embeds, visual, x.input_ids, plan, placeholder_id=PLACEHOLDER
+        ).inputs_embeds
+
+    return no_grad({"routed": merged, "vico_ext": lambda: model.connect(x, plan)})
+
+
 def skinny_linear(size: Size, tiles: int) -> Contenders:
     """Few rows through a wide layer, by the router's own kernel; cuBLAS beside it."""
     x, weight = torch.randn(tiles, size.vit), torch.randn(4 * size.vit, size.vit)
@@ -118,10 +132,7 @@ def visual_side_graph(size: Size, tiles: int) -> Contenders:
     policy = vico_ext.BudgetPolicy(max_tokens=256 * tiles - 192 * (tiles // 2))
 
     def ours() -> Tensor:
-        plan = vico_ext.plan_routing(model.router(x.tokens), policy)
-        visual = model.connector(x.tokens, plan)
-        merged = vico_ext.merge_visual_tokens(x.embeds, visual, x.input_ids, plan, placeholder_id=x.placeholder)
-        return merged.inputs_embeds
+        return model.connect(x, vico_ext.plan_routing(model.router(x.tokens), policy))
 
     parts = ReleasedParts(compiled)
     contenders = no_grad(
@@ -194,10 +205,7 @@ def first_token(size: Size, tiles: int) -> Contenders:
     policies = [vico_ext.BudgetPolicy(max_tokens=256 * per_prompt - 192 * count) for count in counts]
 
     def embed(x: Inputs, policy: vico_ext.BudgetPolicy) -> Tensor:
-        plan = vico_ext.plan_routing(model.router(x.tokens), policy)
-        visual = model.connector(x.tokens, plan)
-        merged = vico_ext.merge_visual_tokens(x.embeds, visual, x.input_ids, plan, placeholder_id=PLACEHOLDER)
-        return merged.inputs_embeds
+        return model.connect(x, vico_ext.plan_routing(model.router(x.tokens), policy))
 
     def all_full(x: Inputs) -> Tensor:
         embeds = x.embeds.clone()

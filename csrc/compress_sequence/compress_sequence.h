@@ -1,5 +1,6 @@
 // compress_sequence: which positions of a batch of token ids stay when tiles are compressed, where each position of the
-// shorter batch comes from, and its position ids. Integers only; one thread per row of the batch, or one block.
+// shorter batch comes from, its position ids, and where tiles begin in it. Integers only; one thread per row of the
+// batch (or tile), or one block.
 #pragma once
 
 #include "common/cpu_arch.h"
@@ -56,15 +57,28 @@ struct RenumberPositionsParams {
   int64_t* column = nullptr;              // CUDA: [B, L], workspace
 };
 
-// All over rows [begin, end) of B.
+// Tile t's tokens are numbers embed_rows + cu_tokens[t] .. embed_rows + cu_tokens[t + 1] of `source`, in rows one after
+// another: out[t] is the first. Numbers of tokens ascend, so that number embed_rows + k is in row k or later.
+struct TileRowsParams {
+  int64_t rows = 0;                    // N
+  int64_t tiles = 0;                   // P
+  int64_t embed_rows = 0;              // R; R + N can be counted
+  const int64_t* source = nullptr;     // [N], contiguous; as of CompressSequenceParams, in one row
+  const int64_t* cu_tokens = nullptr;  // [P + 1], contiguous
+  int64_t* out = nullptr;              // [P]; CPU: -1 where the tile's tokens are not there
+};
+
+// All over rows [begin, end) of B; tile_rows over tiles [begin, end).
 VICO_CPU_KERNEL(count_placeholders, const KeepPlaceholdersParams&, int64_t begin, int64_t end)
 VICO_CPU_KERNEL(keep_placeholders, const KeepPlaceholdersParams&, int64_t begin, int64_t end)
 VICO_CPU_KERNEL(count_kept, const CompressSequenceParams&, int64_t begin, int64_t end)
 VICO_CPU_KERNEL(compress_sequence, const CompressSequenceParams&, int64_t begin, int64_t end)
 VICO_CPU_KERNEL(renumber_positions, const RenumberPositionsParams&, int64_t begin, int64_t end)
+VICO_CPU_KERNEL(tile_rows, const TileRowsParams&, int64_t begin, int64_t end)
 
 void keep_placeholders_cuda(const KeepPlaceholdersParams& p, cudaStream_t stream);
 void compress_sequence_cuda(const CompressSequenceParams& p, cudaStream_t stream);
 void renumber_positions_cuda(const RenumberPositionsParams& p, cudaStream_t stream);
+void tile_rows_cuda(const TileRowsParams& p, cudaStream_t stream);
 
 }  // namespace vico

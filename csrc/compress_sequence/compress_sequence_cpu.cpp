@@ -111,4 +111,19 @@ void renumber_positions(const RenumberPositionsParams& p, int64_t begin, int64_t
   }
 }
 
+void tile_rows(const TileRowsParams& p, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = p.cu_tokens[t], last = p.cu_tokens[t + 1];
+    p.out[t] = -1;
+    if (first < 0 || last <= first || last > p.rows) continue;
+    const int64_t tokens = last - first, number = p.embed_rows + first;
+    int64_t row = first;
+    while (row < p.rows && p.source[row] != number) ++row;
+    if (row > p.rows - tokens) continue;
+    int64_t j = 0;
+    while (j < tokens && p.source[row + j] == number + j) ++j;
+    if (j == tokens) p.out[t] = row;
+  }
+}
+
 }  // namespace vico::VICO_CPU_ARCH

@@ -370,6 +370,34 @@ __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
+// out[t] of tile t = blockIdx.x. Each block finds its own tile, so that no output waits for another block's and a tile
+// that is nowhere is noticed. It begins where the tile would be without text before it, and stops where it is: few
+// chunks for a prompt of images.
+__global__ void __launch_bounds__(kScanThreads) tile_rows_kernel(const __grid_constant__ TileRowsParams p) {
+  VICO_SHARED(int64_t, scratch, [kMaxWarps]);
+  const int64_t t = blockIdx.x, first = p.cu_tokens[t], last = p.cu_tokens[t + 1];
+  const bool is_range = first >= 0 && last > first && last <= p.rows;
+  const int64_t number = is_range ? p.embed_rows + first : 0, tokens = is_range ? last - first : 0;
+  int64_t row = p.rows;
+  for (int64_t base = is_range ? first : p.rows; base < p.rows && row == p.rows; base += kScanChunk) {
+    int64_t own = p.rows;
+#pragma unroll
+    for (int k = kScanItems - 1; k >= 0; --k) {
+      const int64_t i = base + k * kScanThreads + threadIdx.x;
+      if (i < p.rows && p.source[i] == number) own = i;
+    }
+    block_scan(own, p.rows, [](int64_t x, int64_t y) { return x < y ? x : y; }, scratch, row);
+  }
+  bool is_there = is_range && row <= p.rows - tokens;
+  for (int64_t j = threadIdx.x; is_there && j < tokens; j += kScanThreads) is_there = p.source[row + j] == number + j;
+  VICO_DEVICE_CHECK(is_there,
+                    "source must hold the tokens of tile %lld, %lld to %lld of cu_tokens behind %lld rows of "
+                    "embeddings, one after another: is the plan of another batch?",
+                    static_cast<Long>(t), static_cast<Long>(first), static_cast<Long>(last),
+                    static_cast<Long>(p.embed_rows));
+  if (threadIdx.x == 0) p.out[t] = row;
+}
+
 // Positions of a row are counted in 32 bits.
 void check_row_length(int64_t length) {
   if (length >= INT32_MAX) {
@@ -401,6 +429,11 @@ void compress_sequence_cuda(const CompressSequenceParams& p, cudaStream_t stream
 void renumber_positions_cuda(const RenumberPositionsParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.out_length == 0) return;
   launch(renumber_positions_kernel, dim3(row_blocks(p.rows)), dim3(kScanThreads), 0, stream, p);
+}
+
+void tile_rows_cuda(const TileRowsParams& p, cudaStream_t stream) {
+  if (p.tiles == 0) return;
+  launch(tile_rows_kernel, dim3(row_blocks(p.tiles)), dim3(kScanThreads), 0, stream, p);
 }
 
 }  // namespace vico

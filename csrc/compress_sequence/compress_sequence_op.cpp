@@ -174,11 +174,46 @@ Tensor renumber_positions_op(const Tensor& position_ids_in, const Tensor& positi
   return out;
 }
 
+Tensor tile_rows_op(const Tensor& source_in, const Tensor& cu_tokens_in, int64_t embed_rows) {
+  constexpr const char* kOp = "tile_rows";
+  check_kernels(source_in, kOp);
+  check_device(cu_tokens_in, source_in, "cu_tokens", "source", kOp);
+  check_dtype(source_in, ScalarType::Long, "source", "int64", kOp);
+  check_dtype(cu_tokens_in, ScalarType::Long, "cu_tokens", "int64", kOp);
+  check_shape(source_in, {-1}, "source", "[rows]", kOp);
+  check_shape(cu_tokens_in, {-1}, "cu_tokens", "[tiles + 1]", kOp);
+  VICO_CHECK(cu_tokens_in.numel() > 0, kOp, "cu_tokens must have shape [tiles + 1], got [0]");
+  TileRowsParams p;
+  p.rows = source_in.numel();
+  p.tiles = cu_tokens_in.numel() - 1;
+  p.embed_rows = embed_rows;
+  VICO_CHECK(embed_rows >= 0 && embed_rows <= std::numeric_limits<int64_t>::max() - p.rows, kOp,
+             "embed_rows must not be negative nor more than can be counted, got ", embed_rows);
+  const Tensor source = to_contiguous(source_in), cu_tokens = to_contiguous(cu_tokens_in);
+  Tensor out = make_tensor(source, {p.tiles});
+  p.source = source.const_data_ptr<int64_t>();
+  p.cu_tokens = cu_tokens.const_data_ptr<int64_t>();
+  p.out = out.mutable_data_ptr<int64_t>();
+  if (on_cuda(source)) {
+    VICO_CUDA_CALL(tile_rows, p, source);
+    return out;
+  }
+  parallel_rows(p.tiles, 2 * p.rows / std::max<int64_t>(1, p.tiles),
+                [&](int64_t begin, int64_t end) { VICO_CPU_CALL(tile_rows, p, begin, end); });
+  for (int64_t t = 0; t < p.tiles; ++t) {
+    VICO_CHECK(p.out[t] >= 0, kOp, "source must hold the tokens of tile ", t, ", ", p.cu_tokens[t], " to ",
+               p.cu_tokens[t + 1], " of cu_tokens behind ", embed_rows,
+               " rows of embeddings, one after another: is the plan of another batch?");
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace vico
 
 VICO_DOORS(m) {
   m.impl("keep_placeholders", TORCH_BOX(&vico::keep_placeholders_op));
   m.impl("compress_sequence", TORCH_BOX(&vico::compress_sequence_op));
+  m.impl("tile_rows", TORCH_BOX(&vico::tile_rows_op));
   m.impl("renumber_positions", TORCH_BOX(&vico::renumber_positions_op));
 }

@@ -142,6 +142,27 @@ inline Tensor with_dense_last_dim(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
+// Checks a tensor [rows, channels] that is written in place, for any stride of its rows.
+inline void check_rows_in_place(const Tensor& t, const char* name, const char* op) {
+  VICO_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, name,
+             " is written in place and must have its channels next to each other, got stride ", t.stride(1));
+  VICO_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), op, name,
+             " is written in place and its rows must not overlap, got stride ", t.stride(0), " for ", t.size(1),
+             " channels");
+}
+
+// Whether the first to the last byte of both have any in common.
+inline bool may_share_memory(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
+  const auto end = [&](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return begin(t) + (last + 1) * static_cast<int64_t>(t.element_size());
+  };
+  return begin(a) < end(b) && begin(b) < end(a);
+}
+
 inline Tensor make_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, std::vector<int64_t>(sizes));
 }

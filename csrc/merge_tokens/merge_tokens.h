@@ -18,7 +18,7 @@ struct MergeTokensParams {
   int64_t token_stride = 0;         // elements between rows of `tokens`
   int64_t element_size = 0;         // bytes
   const char* embeds = nullptr;     // [R, H]
-  const char* tokens = nullptr;     // [T, H]
+  const char* tokens = nullptr;     // [T, H]; null: their rows of `out` are not written
   const int64_t* source = nullptr;  // [N]: -1 a zero row, [0, R) a row of embeds, [R, R + T) a row of tokens
   char* out = nullptr;              // [N, H], contiguous; aliases neither input
   bool new_pages = false;           // whether `out` is memory that has not been written before: a matter of speed

@@ -41,7 +41,7 @@ void merge_tokens(const MergeTokensParams& p, int64_t begin, int64_t end) {
       std::memset(out, 0, row_bytes);
     } else if (s < p.embed_rows) {
       copy_row(out, p.embeds + s * embed_stride, row_bytes, p.new_pages);
-    } else {
+    } else if (p.tokens) {
       copy_row(out, p.tokens + (s - p.embed_rows) * token_stride, row_bytes, p.new_pages);
     }
   }

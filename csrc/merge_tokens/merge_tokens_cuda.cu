@@ -36,7 +36,7 @@ void dispatch_packs(uint64_t bits, const Fn& fn) {
 }
 inline uint64_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
-// out[i] = row source[i] of embeds, then tokens, or zeros; i = blockIdx.x.
+// out[i] = row source[i] of embeds, then tokens, or zeros; i = blockIdx.x. Without tokens their rows stay as they are.
 template <class T, int kN>
 __global__ void __launch_bounds__(kCopyThreads) merge_tokens_kernel(const __grid_constant__ MergeTokensParams p) {
   const int64_t i = blockIdx.x, s = p.source[i], row_bytes = p.hidden * p.element_size;
@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kCopyThreads) merge_tokens_kernel(const __grid
   check_index(s, -1, p.embed_rows + p.token_rows, "source", i);
   T* out = reinterpret_cast<T*>(p.out + i * row_bytes);
   if (s < 0) return clear_row<T, kN>(out, packs);
+  if (s >= p.embed_rows && !p.tokens) return;
   const char* from = s < p.embed_rows ? p.embeds + s * p.embed_stride * p.element_size
                                       : p.tokens + (s - p.embed_rows) * p.token_stride * p.element_size;
   copy_row<T, kN>(out, reinterpret_cast<const T*>(from), packs);

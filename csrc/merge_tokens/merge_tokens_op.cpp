@@ -20,6 +20,13 @@ void check_tokens(const Tensor& tokens, const Tensor& embeds, const char* op) {
              "), got shape ", shape_string(tokens));
 }
 
+void check_row_counts(int64_t embed_rows, int64_t token_rows, const char* op) {
+  VICO_CHECK(embed_rows >= 0 && token_rows >= 0, op, "embed_rows and token_rows must not be negative, got ", embed_rows,
+             " and ", token_rows);
+  VICO_CHECK(embed_rows <= std::numeric_limits<int64_t>::max() - token_rows, op,
+             "embed_rows and token_rows are more rows than can be counted, got ", embed_rows, " and ", token_rows);
+}
+
 // Checks an int64 vector on the device of `like` with values in [low, high), and gives it contiguous. On CUDA the
 // kernel checks the values.
 Tensor checked_index(const Tensor& index_in, const Tensor& like, const char* like_name, int64_t low, int64_t high,
@@ -37,26 +44,32 @@ Tensor checked_index(const Tensor& index_in, const Tensor& like, const char* lik
   return index;
 }
 
-Tensor merge_tokens_op(const Tensor& embeds_in, const Tensor& tokens_in, const Tensor& source_in) {
-  constexpr const char* kOp = "merge_tokens";
-  check_kernels(embeds_in, kOp);
+// merge_tokens, or text_rows where there are no `tokens_in`.
+Tensor lay_out(const Tensor& embeds_in, const std::optional<Tensor>& tokens_in, int64_t token_rows,
+               const Tensor& source_in, const char* op) {
+  check_kernels(embeds_in, op);
   MergeTokensParams p;
-  p.element_size = element_size(float_dtype(embeds_in, "embeds", kOp));
-  check_shape(embeds_in, {-1, -1}, "embeds", "[rows, hidden]", kOp);
-  check_tokens(tokens_in, embeds_in, kOp);
-  const Tensor source = checked_index(source_in, embeds_in, "embeds", -1, embeds_in.size(0) + tokens_in.size(0),
-                                      "source", "[output rows]", kOp);
-  const Tensor embeds = with_dense_last_dim(embeds_in), tokens = with_dense_last_dim(tokens_in);
+  p.element_size = element_size(float_dtype(embeds_in, "embeds", op));
+  check_shape(embeds_in, {-1, -1}, "embeds", "[rows, hidden]", op);
+  if (tokens_in) check_tokens(*tokens_in, embeds_in, op);
+  check_row_counts(embeds_in.size(0), token_rows, op);
+  const Tensor source =
+      checked_index(source_in, embeds_in, "embeds", -1, embeds_in.size(0) + token_rows, "source", "[output rows]", op);
+  const Tensor embeds = with_dense_last_dim(embeds_in);
+  std::optional<Tensor> tokens;
+  if (tokens_in) tokens = with_dense_last_dim(*tokens_in);
   p.rows = source.numel();
   p.embed_rows = embeds.size(0);
-  p.token_rows = tokens.size(0);
+  p.token_rows = token_rows;
   p.hidden = embeds.size(1);
   Tensor out = make_tensor(embeds, {source.numel(), p.hidden});
   if (out.numel() == 0) return out;
   p.embed_stride = embeds.stride(0);
-  p.token_stride = tokens.stride(0);
   p.embeds = static_cast<const char*>(embeds.const_data_ptr());
-  p.tokens = static_cast<const char*>(tokens.const_data_ptr());
+  if (tokens) {
+    p.token_stride = tokens->stride(0);
+    p.tokens = static_cast<const char*>(tokens->const_data_ptr());
+  }
   p.source = source.const_data_ptr<int64_t>();
   p.out = static_cast<char*>(out.mutable_data_ptr());
   if (on_cuda(out)) {
@@ -69,6 +82,14 @@ Tensor merge_tokens_op(const Tensor& embeds_in, const Tensor& tokens_in, const T
   return out;
 }
 
+Tensor merge_tokens_op(const Tensor& embeds, const Tensor& tokens, const Tensor& source) {
+  return lay_out(embeds, tokens, tokens.dim() > 0 ? tokens.size(0) : 0, source, "merge_tokens");
+}
+
+Tensor text_rows_op(const Tensor& embeds, const Tensor& source, int64_t token_rows) {
+  return lay_out(embeds, std::nullopt, token_rows, source, "text_rows");
+}
+
 std::tuple<Tensor, Tensor> merge_tokens_backward_op(const Tensor& grad_out_in, const Tensor& source_in,
                                                     int64_t embed_rows, int64_t token_rows, bool need_embeds,
                                                     bool need_tokens) {
@@ -77,10 +98,7 @@ std::tuple<Tensor, Tensor> merge_tokens_backward_op(const Tensor& grad_out_in, c
   MergeTokensBackwardParams p;
   p.dtype = float_dtype(grad_out_in, "grad_out", kOp);
   check_shape(grad_out_in, {-1, -1}, "grad_out", "[output rows, hidden]", kOp);
-  VICO_CHECK(embed_rows >= 0 && token_rows >= 0, kOp, "embed_rows and token_rows must not be negative, got ",
-             embed_rows, " and ", token_rows);
-  VICO_CHECK(embed_rows <= std::numeric_limits<int64_t>::max() - token_rows, kOp,
-             "embed_rows and token_rows are more rows than can be counted, got ", embed_rows, " and ", token_rows);
+  check_row_counts(embed_rows, token_rows, kOp);
   const Tensor source =
       checked_index(source_in, grad_out_in, "grad_out", -1, embed_rows + token_rows, "source", "[output rows]", kOp);
   VICO_CHECK(source.numel() == grad_out_in.size(0), kOp, "source must have one entry per row of grad_out (",
@@ -145,11 +163,7 @@ void scatter_tokens_op(Tensor embeds, const Tensor& index_in, const Tensor& toke
   VICO_CHECK(index.numel() == tokens_in.size(0), kOp, "index must have one entry per row of tokens (",
              tokens_in.size(0), "), got ", index.numel());
   if (!on_cuda(index)) check_distinct(index, embeds.size(0), kOp);
-  VICO_CHECK(embeds.size(1) <= 1 || embeds.stride(1) == 1, kOp,
-             "embeds is written in place and must have its channels next to each other, got stride ", embeds.stride(1));
-  VICO_CHECK(embeds.size(0) <= 1 || embeds.stride(0) >= embeds.size(1), kOp,
-             "embeds is written in place and its rows must not overlap, got stride ", embeds.stride(0), " for ",
-             embeds.size(1), " channels");
+  check_rows_in_place(embeds, "embeds", kOp);
   const Tensor tokens = with_dense_last_dim(tokens_in);
   if (tokens.numel() == 0) return;
   const int64_t bytes = static_cast<int64_t>(tokens.element_size());
@@ -162,9 +176,8 @@ void scatter_tokens_op(Tensor embeds, const Tensor& index_in, const Tensor& toke
   p.index = index.const_data_ptr<int64_t>();
   p.tokens = static_cast<const char*>(tokens.const_data_ptr());
   p.embeds = static_cast<char*>(embeds.mutable_data_ptr());
-  VICO_CHECK(p.tokens >= p.embeds + (embeds.size(0) - 1) * p.embed_stride + p.row_bytes ||
-                 p.embeds >= p.tokens + (tokens.size(0) - 1) * p.token_stride + p.row_bytes,
-             kOp, "tokens must not share memory with embeds, which is written in place: pass tokens.clone()");
+  VICO_CHECK(!may_share_memory(embeds, tokens), kOp,
+             "tokens must not share memory with embeds, which is written in place: pass tokens.clone()");
   if (on_cuda(embeds)) {
     Tensor owner = make_tensor(index, {p.embed_rows});
     p.owner = owner.mutable_data_ptr<int64_t>();
@@ -180,6 +193,7 @@ void scatter_tokens_op(Tensor embeds, const Tensor& index_in, const Tensor& toke
 
 VICO_DOORS(m) {
   m.impl("merge_tokens", TORCH_BOX(&vico::merge_tokens_op));
+  m.impl("text_rows", TORCH_BOX(&vico::text_rows_op));
   m.impl("merge_tokens_backward", TORCH_BOX(&vico::merge_tokens_backward_op));
   m.impl("scatter_tokens_", TORCH_BOX(&vico::scatter_tokens_op));
 }

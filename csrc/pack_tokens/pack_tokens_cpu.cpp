@@ -17,7 +17,7 @@ void pack_tokens(const PackTokensParams& p, int64_t begin, int64_t end) {
       const int64_t r = is_full ? row : row - s.full_rows();
       const T* in = static_cast<const T*>(is_full ? p.full : p.compressed) + r * s.hidden;
       const A* bias = static_cast<const A*>(is_full ? p.full_bias : p.compressed_bias);
-      T* out = static_cast<T*>(p.out) + s.packed_row(is_full, r) * s.hidden;
+      T* out = static_cast<T*>(p.out) + s.out_row(is_full, r) * p.out_stride;
       if (!bias) {
         std::memcpy(out, in, s.hidden * sizeof(T));
         continue;
@@ -44,7 +44,7 @@ void pack_tokens_backward(const PackTokensBackwardParams& p, int64_t begin, int6
       A* partial = static_cast<A*>(p.partials) + chunk * s.hidden;
       std::memset(partial, 0, s.hidden * sizeof(A));
       for (int64_t r = first; r < last; ++r) {
-        const T* grad_out = static_cast<const T*>(p.grad_out) + s.packed_row(is_full, r) * s.hidden;
+        const T* grad_out = static_cast<const T*>(p.grad_out) + s.out_row(is_full, r) * s.hidden;
         T* grad = static_cast<T*>(is_full ? p.grad_full : p.grad_compressed) + r * s.hidden;
         for (int64_t c = 0; c < s.hidden; c += kWidth<T>) {
           const int64_t n = s.hidden - c;

@@ -23,22 +23,47 @@ struct SourceRows {
   }
 };
 
-// Checks what the host has not seen: that the tiles of these rows have just their rows in the packed order, so that
-// none lies out of bounds, and that no other tile has them. `threads` threads of the block call this.
+// Whether source tile j has none of the rows [from, to), or rows that its own check refuses. By subtraction of checked
+// signs, so that hostile offsets cannot overflow; likewise below.
+VICO_DEVICE bool is_apart(const PackShape& s, int64_t j, int64_t from, int64_t to) {
+  const int64_t tile = s.order[j];
+  if (tile < 0 || tile >= s.tiles()) return true;
+  const int64_t other = s.first_row[tile];
+  return other < 0 || other >= to || other <= from - s.tile_tokens(j);
+}
+
+// Checks what the host has not seen: that the tiles of these rows have just their rows in the output, so that none lies
+// out of bounds, and that no other tile has them. `threads` threads of the block call this.
 VICO_DEVICE void check_plan(const PackShape& s, const SourceRows& rows, int64_t tokens, unsigned threads) {
-  const int64_t tiles = s.full_tiles + s.compressed_tiles, before = rows.is_full ? 0 : s.full_tiles;
-  VICO_DEVICE_CHECK(s.cu_tokens[0] == 0, "cu_tokens must begin with 0, got %lld",
-                    static_cast<long long>(s.cu_tokens[0]));
+  const int64_t tiles = s.tiles(), before = rows.is_full ? 0 : s.full_tiles;
+  VICO_DEVICE_CHECK(!s.packed || s.first_row[0] == 0, "cu_tokens must begin with 0, got %lld",
+                    static_cast<long long>(s.first_row[0]));
   for (int64_t t = rows.first / tokens; t * tokens < rows.last; ++t) {
     const int64_t i = before + t, tile = s.order[i];
+    const bool looks = t * tokens >= rows.first;  // one chunk of each tile, at the other tiles
     bool once = tile >= 0 && tile < tiles;
-    if (t * tokens >= rows.first) {  // one chunk of each tile looks
+    if (looks) {
       for (int64_t j = threadIdx.x; j < tiles; j += threads) once = once && (j == i || s.order[j] != tile);
     }
     VICO_DEVICE_CHECK(once, "order must hold each tile of [0, %lld) once, got %lld at position %lld",
                       static_cast<long long>(tiles), static_cast<long long>(tile), static_cast<long long>(i));
-    const int64_t from = s.cu_tokens[tile], to = s.cu_tokens[tile + 1];
-    // By subtraction of checked signs, so that hostile offsets cannot overflow.
+    const int64_t from = s.first_row[tile];
+    if (!s.packed) {
+      VICO_DEVICE_CHECK(from >= 0 && from <= s.buffer_rows - tokens,
+                        "first_row gives tile %lld rows from %lld on, but it has %lld tokens, and out %lld rows",
+                        static_cast<long long>(tile), static_cast<long long>(from), static_cast<long long>(tokens),
+                        static_cast<long long>(s.buffer_rows));
+      bool alone = true;
+      if (looks) {
+        for (int64_t j = threadIdx.x; j < tiles; j += threads)
+          alone = alone && (j == i || is_apart(s, j, from, from + tokens));
+      }
+      VICO_DEVICE_CHECK(alone, "first_row gives tile %lld rows %lld to %lld, and some of them to another tile too",
+                        static_cast<long long>(tile), static_cast<long long>(from),
+                        static_cast<long long>(from + tokens));
+      continue;
+    }
+    const int64_t to = s.first_row[tile + 1];
     VICO_DEVICE_CHECK(from >= 0 && to >= 0 && to - from == tokens && to <= s.rows(),
                       "cu_tokens gives tile %lld rows %lld to %lld, but it is a %s tile of %lld tokens: is the plan of "
                       "another batch?",
@@ -47,30 +72,30 @@ VICO_DEVICE void check_plan(const PackShape& s, const SourceRows& rows, int64_t 
   }
 }
 
-// The packed rows of a chunk's rows, one after another, with a division for the first alone.
-class PackedRows {
+// The output's rows for a chunk's rows, one after another, with a division for the first alone.
+class OutputRows {
  public:
-  VICO_DEVICE PackedRows(const PackShape& s, const SourceRows& rows, unsigned threads)
-      : cu_tokens_(s.cu_tokens), tokens_(rows.is_full ? s.full_tokens : s.compressed_tokens) {
+  VICO_DEVICE OutputRows(const PackShape& s, const SourceRows& rows, unsigned threads)
+      : first_row_(s.first_row), tokens_(rows.is_full ? s.full_tokens : s.compressed_tokens) {
     check_plan(s, rows, tokens_, threads);
     order_ = s.order + (rows.is_full ? 0 : s.full_tiles) + rows.first / tokens_;
     token_ = rows.first % tokens_;
-    tile_row_ = cu_tokens_[*order_];
+    tile_row_ = first_row_[*order_];
   }
   VICO_DEVICE int64_t next() {
     if (token_ == tokens_) {
       token_ = 0;
-      tile_row_ = cu_tokens_[*++order_];
+      tile_row_ = first_row_[*++order_];
     }
     return tile_row_ + token_++;
   }
 
  private:
-  const int64_t *cu_tokens_, *order_;
+  const int64_t *first_row_, *order_;
   int64_t tokens_, token_, tile_row_;
 };
 
-// out[packed row of r] = row r + bias
+// out[the place of r] = row r + bias
 template <class T, int kN>
 __global__ void __launch_bounds__(kSlabThreads)
     pack_tokens_kernel(const __grid_constant__ PackTokensParams p, const __grid_constant__ RowChunks at) {
@@ -95,7 +120,7 @@ __global__ void __launch_bounds__(kSlabThreads)
   const void* biases = rows.is_full ? p.full_bias : p.compressed_bias;
   A bias[kN] = {};
   if (biases) load_parameter<T>(bias, biases, c, rows.is_full ? p.element_full_bias : p.element_compressed_bias);
-  PackedRows packed(s, rows, threads);
+  OutputRows places(s, rows, threads);
   for (int64_t row = rows.first; row < rows.last; row += kRowsInFlight) {
     PackBits<T, kN> now[kRowsInFlight];
 #pragma unroll
@@ -112,12 +137,12 @@ __global__ void __launch_bounds__(kSlabThreads)
         for (int i = 0; i < kN; ++i) y[i] += bias[i];
         x = pack_of<T, kN>(y);
       }
-      store_pack(static_cast<T*>(p.out) + packed.next() * s.hidden + c, x);
+      store_pack(static_cast<T*>(p.out) + places.next() * p.out_stride + c, x);
     }
   }
 }
 
-// grad[r] = grad_out[packed row of r],  partials[chunk] = its sum over the chunk's rows
+// grad[r] = grad_out[the place of r],  partials[chunk] = its sum over the chunk's rows
 template <class T, int kN>
 __global__ void __launch_bounds__(kSlabThreads)
     pack_tokens_backward_kernel(const __grid_constant__ PackTokensBackwardParams p,
@@ -129,7 +154,7 @@ __global__ void __launch_bounds__(kSlabThreads)
   const int64_t pack = at.pack(), c = pack * kN;
   const unsigned threads = at.active_threads();
   if (threadIdx.x >= threads) return;
-  PackedRows packed(s, rows, threads);
+  OutputRows places(s, rows, threads);
   T* grad = static_cast<T*>(rows.is_full ? p.grad_full : p.grad_compressed) + c;
   A total[kN] = {};
   for (int64_t row = rows.first; row < rows.last; row += kRowsInFlight) {
@@ -137,7 +162,7 @@ __global__ void __launch_bounds__(kSlabThreads)
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; ++r) {
       if (row + r >= rows.last) break;
-      g[r] = load_pack_streaming<T, kN>(static_cast<const T*>(p.grad_out) + packed.next() * s.hidden + c);
+      g[r] = load_pack_streaming<T, kN>(static_cast<const T*>(p.grad_out) + places.next() * s.hidden + c);
     }
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; ++r) {
@@ -163,7 +188,8 @@ void pack_tokens_cuda(const PackTokensParams& p, cudaStream_t stream) {
   const PackShape& s = p.shape;
   const int64_t chunk_rows = cuda_chunk_rows(s.rows(), s.hidden, p.dtype, kCudaForwardRows);
   const bool wide = has_aligned_rows(s, p.dtype) && is_aligned16(p.full) && is_aligned16(p.compressed) &&
-                    is_aligned16(p.full_bias) && is_aligned16(p.compressed_bias) && is_aligned16(p.out);
+                    is_aligned16(p.full_bias) && is_aligned16(p.compressed_bias) && is_aligned16(p.out) &&
+                    p.out_stride * element_size(p.dtype) % 16 == 0;
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     const auto kernel = wide ? pack_tokens_kernel<T, kPackWidth<T>> : pack_tokens_kernel<T, 1>;

@@ -5,43 +5,75 @@
 namespace vico {
 namespace {
 
-Tensor pack_tokens_op(const Tensor& full_in, const Tensor& compressed_in, const std::optional<Tensor>& full_bias_in,
-                      const std::optional<Tensor>& compressed_bias_in, const Tensor& cu_tokens, const Tensor& order) {
-  constexpr const char* kOp = "pack_tokens";
-  check_kernels(full_in, kOp);
-  check_device(compressed_in, full_in, "compressed", "full", kOp);
-  PackTokensParams p;
-  p.dtype = float_dtype(full_in, "full", kOp);
-  check_same_dtype(compressed_in, full_in, "compressed", "full", kOp);
-  check_shape(full_in, {-1, -1, -1}, "full", "[full tiles, tokens, hidden]", kOp);
-  check_shape(compressed_in, {-1, -1, full_in.size(2)}, "compressed", "[compressed tiles, tokens, hidden]", kOp);
-  PackShape& s = p.shape;
-  s.full_tiles = full_in.size(0);
-  s.full_tokens = full_in.size(1);
-  s.compressed_tiles = compressed_in.size(0);
-  s.compressed_tokens = compressed_in.size(1);
-  s.hidden = full_in.size(2);
-  if (full_bias_in) check_parameter(*full_bias_in, full_in, s.hidden, "full_bias", "full", "[hidden]", kOp);
-  if (compressed_bias_in)
-    check_parameter(*compressed_bias_in, full_in, s.hidden, "compressed_bias", "full", "[hidden]", kOp);
-  check_plan(cu_tokens, order, full_in, "full", s, kOp);
+// The rows and biases of both ops.
+struct PackArgs {
+  const Tensor &full, &compressed;
+  const std::optional<Tensor>&full_bias, &compressed_bias;
+};
 
-  Tensor out = make_tensor(full_in, {s.rows(), s.hidden});
-  if (out.numel() == 0) return out;
-  const Tensor full = to_contiguous(full_in), compressed = to_contiguous(compressed_in);
-  const std::optional<Tensor> full_bias = as_parameter(full_bias_in, p.dtype, p.element_full_bias);
-  const std::optional<Tensor> compressed_bias = as_parameter(compressed_bias_in, p.dtype, p.element_compressed_bias);
+PackTokensParams check_rows(const PackArgs& a, const char* op) {
+  check_kernels(a.full, op);
+  check_device(a.compressed, a.full, "compressed", "full", op);
+  PackTokensParams p;
+  p.dtype = float_dtype(a.full, "full", op);
+  check_same_dtype(a.compressed, a.full, "compressed", "full", op);
+  check_shape(a.full, {-1, -1, -1}, "full", "[full tiles, tokens, hidden]", op);
+  check_shape(a.compressed, {-1, -1, a.full.size(2)}, "compressed", "[compressed tiles, tokens, hidden]", op);
+  PackShape& s = p.shape;
+  s.full_tiles = a.full.size(0);
+  s.full_tokens = a.full.size(1);
+  s.compressed_tiles = a.compressed.size(0);
+  s.compressed_tokens = a.compressed.size(1);
+  s.hidden = a.full.size(2);
+  if (a.full_bias) check_parameter(*a.full_bias, a.full, s.hidden, "full_bias", "full", "[hidden]", op);
+  if (a.compressed_bias)
+    check_parameter(*a.compressed_bias, a.full, s.hidden, "compressed_bias", "full", "[hidden]", op);
+  return p;
+}
+
+// With the plan and its shape checked.
+void write_rows(PackTokensParams p, const PackArgs& a, Tensor& out) {
+  const PackShape& s = p.shape;
+  if (s.rows() == 0 || s.hidden == 0) return;
+  const Tensor full = to_contiguous(a.full), compressed = to_contiguous(a.compressed);
+  const std::optional<Tensor> full_bias = as_parameter(a.full_bias, p.dtype, p.element_full_bias);
+  const std::optional<Tensor> compressed_bias = as_parameter(a.compressed_bias, p.dtype, p.element_compressed_bias);
   p.full = full.const_data_ptr();
   p.compressed = compressed.const_data_ptr();
   p.full_bias = data_or_null(full_bias);
   p.compressed_bias = data_or_null(compressed_bias);
   p.out = out.mutable_data_ptr();
+  p.out_stride = out.stride(0);
   if (on_cuda(full)) {
     VICO_CUDA_CALL(pack_tokens, p, full);
   } else {
     parallel_rows(s.rows(), s.hidden, [&](int64_t begin, int64_t end) { VICO_CPU_CALL(pack_tokens, p, begin, end); });
   }
+}
+
+Tensor pack_tokens_op(const Tensor& full, const Tensor& compressed, const std::optional<Tensor>& full_bias,
+                      const std::optional<Tensor>& compressed_bias, const Tensor& cu_tokens, const Tensor& order) {
+  constexpr const char* kOp = "pack_tokens";
+  const PackArgs a{full, compressed, full_bias, compressed_bias};
+  PackTokensParams p = check_rows(a, kOp);
+  check_plan(cu_tokens, order, full, "full", p.shape, kOp);
+  Tensor out = make_tensor(full, {p.shape.rows(), p.shape.hidden});
+  write_rows(p, a, out);
   return out;
+}
+
+void pack_tokens_in_place_op(Tensor out, const Tensor& full, const Tensor& compressed,
+                             const std::optional<Tensor>& full_bias, const std::optional<Tensor>& compressed_bias,
+                             const Tensor& first_row, const Tensor& order) {
+  constexpr const char* kOp = "pack_tokens_";
+  const PackArgs a{full, compressed, full_bias, compressed_bias};
+  PackTokensParams p = check_rows(a, kOp);
+  check_out(out, p.shape.hidden, full, "full", kOp);
+  check_apart(
+      out, {{full, "full"}, {compressed, "compressed"}, {full_bias, "full_bias"}, {compressed_bias, "compressed_bias"}},
+      kOp);
+  check_places(first_row, order, out, full, "full", p.shape, kOp);
+  write_rows(p, a, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack_tokens_backward_op(const Tensor& grad_out_in, const Tensor& cu_tokens,
@@ -95,5 +127,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_tokens_backward_op(const Tensor&
 
 VICO_DOORS(m) {
   m.impl("pack_tokens", TORCH_BOX(&vico::pack_tokens_op));
+  m.impl("pack_tokens_", TORCH_BOX(&vico::pack_tokens_in_place_op));
   m.impl("pack_tokens_backward", TORCH_BOX(&vico::pack_tokens_backward_op));
 }

@@ -33,10 +33,15 @@ inline bool has_kernel(const Tensor& x) {
 }
 
 template <class... Args>
-Tensor call_op(const char* name, const Args&... args) {
+std::array<StableIValue, sizeof...(Args)> dispatch_op(const char* name, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return stack;
+}
+
+template <class... Args>
+Tensor call_op(const char* name, const Args&... args) {
+  return torch::stable::detail::to<Tensor>(dispatch_op(name, args...)[0]);
 }
 
 inline Tensor torch_linear(const GroupArgs& g, bool add_bias) {

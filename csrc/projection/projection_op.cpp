@@ -57,48 +57,85 @@ std::tuple<Tensor, Tensor> projection_op(const std::optional<Tensor>& full, cons
   return {outs[0], outs[1]};
 }
 
-Tensor packed_projection_op(const Tensor& full_in, const Tensor& full_weight, const std::optional<Tensor>& full_bias,
-                            const Tensor& compressed_in, const Tensor& compressed_weight,
-                            const std::optional<Tensor>& compressed_bias, const Tensor& cu_tokens,
-                            const Tensor& order) {
-  constexpr const char* kOp = "packed_projection";
-  const std::optional<Tensor> full = full_in, compressed = compressed_in;
-  const std::optional<Tensor> weights[2] = {full_weight, compressed_weight};
+// The last layer of both connectors, whose rows go to places of their own.
+struct LastLayer {
+  const std::optional<Tensor> tensors[6];  // as the ops take them: x, weight and bias of full, then of compressed
   const GroupArgs groups[2] = {
-      {full, weights[0], full_bias, "full", "full_weight", "full_bias"},
-      {compressed, weights[1], compressed_bias, "compressed", "compressed_weight", "compressed_bias"}};
-  check_kernels(full_in, kOp);
-  for (const GroupArgs& g : groups) {
-    check_group(g, full_in, "full", kOp);
-    check_shape(*g.x, {-1, -1, -1}, g.x_name, "[tiles, tokens, in features]", kOp);
+      {tensors[0], tensors[1], tensors[2], "full", "full_weight", "full_bias"},
+      {tensors[3], tensors[4], tensors[5], "compressed", "compressed_weight", "compressed_bias"}};
+
+  const Tensor& full() const { return *tensors[0]; }
+  int64_t columns() const { return tensors[1]->size(0); }
+};
+
+// The tiles and tokens of its rows; where they go is not checked yet.
+PackShape check_last_layer(const LastLayer& layer, const char* op) {
+  check_kernels(layer.full(), op);
+  for (const GroupArgs& g : layer.groups) {
+    check_group(g, layer.full(), "full", op);
+    check_shape(*g.x, {-1, -1, -1}, g.x_name, "[tiles, tokens, in features]", op);
   }
-  check_shape(compressed_weight, {full_weight.size(0), -1}, "compressed_weight",
-              "[out features of full_weight, in features]", kOp);
-  PackShape plan;
-  plan.full_tiles = full_in.size(0);
-  plan.full_tokens = full_in.size(1);
-  plan.compressed_tiles = compressed_in.size(0);
-  plan.compressed_tokens = compressed_in.size(1);
-  check_plan(cu_tokens, order, full_in, "full", plan, kOp);
-  if (!has_kernel(full_in)) {
-    return call_op("vico::pack_tokens", torch_linear(groups[0], false), torch_linear(groups[1], false), full_bias,
-                   compressed_bias, cu_tokens, order);
-  }
-  const KernelGroup kept[2] = {KernelGroup(groups[0]), KernelGroup(groups[1])};
-  Tensor out = make_tensor(full_in, {plan.rows(), full_weight.size(0)});
+  check_shape(*layer.groups[1].weight, {layer.columns(), -1}, "compressed_weight",
+              "[out features of full_weight, in features]", op);
+  PackShape shape;
+  shape.full_tiles = layer.full().size(0);
+  shape.full_tokens = layer.full().size(1);
+  shape.compressed_tiles = layer.groups[1].x->size(0);
+  shape.compressed_tokens = layer.groups[1].x->size(1);
+  shape.hidden = layer.columns();
+  return shape;
+}
+
+// By the own kernels, to places that have been checked.
+void project_rows(const LastLayer& layer, const PackShape& shape, Tensor& out) {
+  const KernelGroup kept[2] = {KernelGroup(layer.groups[0]), KernelGroup(layer.groups[1])};
   ProjectionParams p;
-  p.dtype = kernel_dtype(full_in);
+  p.dtype = kernel_dtype(out);
   for (int i = 0; i < 2; ++i) {
     ProjectionGroup& g = p.group[i] = kept[i].group;
     g.out = out.mutable_data_ptr();
-    g.out_rows = plan.rows();
-    g.out_row = plan.cu_tokens;
-    g.out_tile = plan.order + (i == 0 ? 0 : plan.full_tiles);
-    g.out_tiles = plan.full_tiles + plan.compressed_tiles;
-    g.tile_rows = std::max<int64_t>(1, groups[i].x->size(1));
+    g.out_stride = out.stride(0);
+    g.out_rows = out.size(0);
+    g.out_row = shape.first_row;
+    g.out_tile = shape.order + (i == 0 ? 0 : shape.full_tiles);
+    g.out_tiles = shape.tiles();
+    g.tile_rows = std::max<int64_t>(1, layer.groups[i].x->size(1));
   }
-  VICO_CUDA_CALL(projection, p, full_in);
+  VICO_CUDA_CALL(projection, p, out);
+}
+
+Tensor packed_projection_op(const Tensor& full, const Tensor& full_weight, const std::optional<Tensor>& full_bias,
+                            const Tensor& compressed, const Tensor& compressed_weight,
+                            const std::optional<Tensor>& compressed_bias, const Tensor& cu_tokens,
+                            const Tensor& order) {
+  constexpr const char* kOp = "packed_projection";
+  const LastLayer layer{{full, full_weight, full_bias, compressed, compressed_weight, compressed_bias}};
+  PackShape shape = check_last_layer(layer, kOp);
+  check_plan(cu_tokens, order, full, "full", shape, kOp);
+  if (!has_kernel(full)) {
+    return call_op("vico::pack_tokens", torch_linear(layer.groups[0], false), torch_linear(layer.groups[1], false),
+                   full_bias, compressed_bias, cu_tokens, order);
+  }
+  Tensor out = make_tensor(full, {shape.rows(), shape.hidden});
+  project_rows(layer, shape, out);
   return out;
+}
+
+void packed_projection_in_place_op(Tensor out, const Tensor& full, const Tensor& full_weight,
+                                   const std::optional<Tensor>& full_bias, const Tensor& compressed,
+                                   const Tensor& compressed_weight, const std::optional<Tensor>& compressed_bias,
+                                   const Tensor& first_row, const Tensor& order) {
+  constexpr const char* kOp = "packed_projection_";
+  const LastLayer layer{{full, full_weight, full_bias, compressed, compressed_weight, compressed_bias}};
+  PackShape shape = check_last_layer(layer, kOp);
+  check_out(out, shape.hidden, full, "full", kOp);
+  for (const GroupArgs& g : layer.groups) {
+    check_apart(out, {{g.x, g.x_name}, {g.weight, g.weight_name}, {g.bias, g.bias_name}}, kOp);
+  }
+  check_places(first_row, order, out, full, "full", shape, kOp);
+  if (has_kernel(full)) return project_rows(layer, shape, out);
+  dispatch_op("vico::pack_tokens_", out, torch_linear(layer.groups[0], false), torch_linear(layer.groups[1], false),
+              full_bias, compressed_bias, first_row, order);
 }
 
 }  // namespace
@@ -107,4 +144,5 @@ Tensor packed_projection_op(const Tensor& full_in, const Tensor& full_weight, co
 VICO_DOORS(m) {
   m.impl("projection", TORCH_BOX(&vico::projection_op));
   m.impl("packed_projection", TORCH_BOX(&vico::packed_projection_op));
+  m.impl("packed_projection_", TORCH_BOX(&vico::packed_projection_in_place_op));
 }

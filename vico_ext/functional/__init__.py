@@ -1,6 +1,6 @@
 """Functions on tensors: what the modules are made of. Shapes: P tiles, N tokens per tile, V ViT width, H LLM width."""
 
-from vico_ext.functional.connector import bias_gelu, connector, pack_tokens
+from vico_ext.functional.connector import bias_gelu, connector, pack_tokens, pack_tokens_
 from vico_ext.functional.consistency import ConsistencyLossOutput, consistency_loss
 from vico_ext.functional.folded import FoldedLinear, FoldedWeights, fold_layer_norm
 from vico_ext.functional.router import attention_pool, router_gate, router_pool, skinny_linear
@@ -14,6 +14,8 @@ from vico_ext.functional.tokens import (
     renumber_positions,
     scatter_tokens,
     scatter_tokens_,
+    text_rows,
+    tile_rows,
 )
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "merge_tokens",
     "normalized_shuffle",
     "pack_tokens",
+    "pack_tokens_",
     "pixel_shuffle",
     "plan_tokens",
     "released_route",
@@ -42,4 +45,6 @@ __all__ = [
     "scatter_tokens",
     "scatter_tokens_",
     "skinny_linear",
+    "text_rows",
+    "tile_rows",
 ]

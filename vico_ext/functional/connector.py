@@ -12,10 +12,10 @@ from torch import Tensor
 from vico_ext.functional.folded import FoldedLinear, FoldedWeights, first_layer, runs_folded
 from vico_ext.functional.router import _cast
 from vico_ext.functional.shuffle import normalized_shuffle
-from vico_ext.ops.call import call
+from vico_ext.ops.call import call, refuse_gradient
 from vico_ext.routing import RoutingPlan
 
-__all__ = ["bias_gelu", "connector", "pack_tokens"]
+__all__ = ["bias_gelu", "connector", "pack_tokens", "pack_tokens_"]
 
 PROJECTIONS = ("torch", "fused", "folded")
 
@@ -87,6 +87,41 @@ def pack_tokens(
     Raises:
         ValueError: the plan has another number of tiles of either kind, or of tokens per tile.
     """
+    _check_rows(full, compressed, plan)
+    return call(torch.ops.vico.pack_tokens, full, compressed, full_bias, compressed_bias, plan.cu_tokens, plan.order)
+
+
+def pack_tokens_(
+    out: Tensor,
+    full: Tensor,
+    compressed: Tensor,
+    plan: RoutingPlan,
+    first_row: Tensor,
+    full_bias: Tensor | None = None,
+    compressed_bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`pack_tokens` into rows of ``out``, in place, which is returned; for inference.
+
+    Args:
+        out: ``[rows, H]``, dtype of ``full``, of any row stride; shares no memory with what is read. Rows that are no
+            tile's stay as they are.
+        full: see :func:`pack_tokens`, as for ``compressed``, ``plan`` and the biases.
+        first_row: ``[F + K]`` int64: tile t's tokens are written to the rows of ``out`` from first_row[t] on. No two
+            tiles may share a row.
+
+    Raises:
+        ValueError: a gradient would be lost, and whatever :func:`pack_tokens` raises.
+        RuntimeError: a tile's rows lie outside ``out`` or are another's too, or shapes, dtypes or devices do not fit.
+    """
+    _check_rows(full, compressed, plan)
+    tensors = {"full": full, "compressed": compressed, "full_bias": full_bias, "compressed_bias": compressed_bias}
+    refuse_gradient("pack_tokens_ writes in place", "pack_tokens", out=out, **tensors)
+    torch.ops.vico.pack_tokens_(out, *tensors.values(), first_row, plan.order)
+    return out
+
+
+def _check_rows(full: Tensor, compressed: Tensor, plan: RoutingPlan) -> None:
+    """Raises ValueError unless the rows are those of the plan's tiles."""
     for name, tokens, tiles, per_tile in (
         ("full", full, plan.full_tiles, plan.tokens[0]),
         ("compressed", compressed, plan.compressed_tiles, plan.tokens[1]),
@@ -97,7 +132,6 @@ def pack_tokens(
                 f"{plan.compressed_tiles} of them compressed, got {list(tokens.shape)}: is it the plan of another "
                 "batch?"
             )
-    return call(torch.ops.vico.pack_tokens, full, compressed, full_bias, compressed_bias, plan.cu_tokens, plan.order)
 
 
 def check_projection(projection: str) -> None:
@@ -126,6 +160,32 @@ def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
         )
 
 
+def check_out(out: Tensor | None, first_row: Tensor | None, plan: RoutingPlan | None) -> None:
+    """Raises ValueError unless ``out``, ``first_row`` and ``plan`` of :func:`connector` go together."""
+    if (out is None) != (first_row is None):
+        raise ValueError(
+            f"out and first_row go together, got {'out' if first_row is None else 'first_row'} alone: first_row says "
+            "where in out each tile's tokens go"
+        )
+    if out is not None and plan is None:
+        raise ValueError("out needs a plan, whose tiles it takes, got None")
+
+
+def place_tokens(
+    full: Tensor,
+    compressed: Tensor,
+    plan: RoutingPlan,
+    out: Tensor | None,
+    first_row: Tensor | None,
+    full_bias: Tensor | None = None,
+    compressed_bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`pack_tokens`, or :func:`pack_tokens_` where there is an ``out``."""
+    if out is None or first_row is None:
+        return pack_tokens(full, compressed, plan, full_bias, compressed_bias)
+    return pack_tokens_(out, full, compressed, plan, first_row, full_bias, compressed_bias)
+
+
 def _check_dtype(tokens: Tensor, weights: Mapping[str, Tensor]) -> None:
     """Raises TypeError where the norm would take 16-bit tokens, beside wider parameters, and the first Linear not."""
     wanted = weights["mlp1.1.weight"].dtype
@@ -151,6 +211,8 @@ def connector(
     ps_version: str = "v2",
     projection: str = "torch",
     folded: FoldedWeights | None = None,
+    out: Tensor | None = None,
+    first_row: Tensor | None = None,
 ) -> Tensor:
     """ViT tokens to the language model's visual tokens; with a plan, only the chosen connector runs on each tile.
 
@@ -181,6 +243,9 @@ def connector(
             dropout applied, under torch.compile, or where tokens are cast, it runs as "fused" does.
         folded: what keeps the folded weights between calls, see there for which changes it sees; by default they are
             made anew in each call, which takes longer than "folded" saves.
+        out: with a plan and for inference, ``[rows, H]`` in the dtype of the projections, of any row stride: the last
+            layer writes into it, and it is returned. Rows that are no tile's stay as they are.
+        first_row: ``[P]`` int64, with ``out``: tile t's tokens go to its rows from first_row[t] on.
 
     Returns:
         With a plan ``[T, H]``, T = plan.total_tokens, packed in tile order; without, ``[P, N / 4, H]``. Dtype of the
@@ -196,7 +261,8 @@ def connector(
 
     Raises:
         TypeError: ``plan`` is no plan, or 16-bit tokens meet weights of another dtype without autocast.
-        ValueError: the plan is not of these tiles, the tokens do not fill the grid, or there is no such projection.
+        ValueError: the plan is not of these tiles, the tokens do not fill the grid, there is no such projection,
+            ``out`` comes without ``first_row`` or a plan, or a gradient would be lost in it.
         KeyError: a parameter is missing from ``weights``.
     """
 
@@ -232,6 +298,7 @@ def connector(
         weight, bias = parameters(name)
         return _cast(x), _cast(weight), bias
 
+    check_out(out, first_row, plan)
     _check_dtype(tokens, weights)
     keeper = None
     if projection == "folded":
@@ -264,7 +331,7 @@ def connector(
     if projection == "torch":
         full = run(_FULL, 2, full_tiles, 0.0, False)
         compressed = run(_COMPRESSED, 4, compressed_tiles, dropout_p, False)
-        return pack_tokens(full, compressed, plan, weights["mlp1.3.bias"], weights["mlp2.7.bias"])
+        return place_tokens(full, compressed, plan, out, first_row, weights["mlp1.3.bias"], weights["mlp2.7.bias"])
 
     def dropout() -> tuple[Tensor | None, float]:
         seed = _dropout_seed(dropout_p, training, tokens.device)
@@ -283,10 +350,10 @@ def connector(
         full, compressed = call(
             torch.ops.vico.projection, *layer(_FULL[1], full), *layer(_COMPRESSED[2], compressed), True, *dropout()
         )
-    return call(
-        torch.ops.vico.packed_projection,
-        *layer(_FULL[2], full),
-        *layer(_COMPRESSED[3], compressed),
-        plan.cu_tokens,
-        plan.order,
-    )
+    last = (*layer(_FULL[2], full), *layer(_COMPRESSED[3], compressed))
+    if out is None:
+        return call(torch.ops.vico.packed_projection, *last, plan.cu_tokens, plan.order)
+    names = ("full", "full_weight", "full_bias", "compressed", "compressed_weight", "compressed_bias")
+    refuse_gradient("out is written in place", "a call without it", out=out, **dict(zip(names, last, strict=True)))
+    torch.ops.vico.packed_projection_(out, *last, first_row, plan.order)
+    return out

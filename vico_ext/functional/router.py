@@ -24,12 +24,17 @@ Norm = tuple[Tensor, Tensor]
 Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _cast(t: Tensor) -> Tensor:
-    """The tensor as torch's own matrix products would take it: cast under autocast, float64 left alone."""
+def product_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which torch's own matrix products would take the tensor: autocast's, but float64 stays."""
     device = t.device.type
     if t.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return t
-    return t.to(torch.get_autocast_dtype(device))
+        return t.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(t: Tensor) -> Tensor:
+    """The tensor as torch's own matrix products would take it: cast under autocast, float64 left alone."""
+    return t.to(product_dtype(t))
 
 
 def attention_pool(tokens: Tensor, query: Tensor, *, has_cls: bool = True) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vico_ext.ops.call import call
+from vico_ext.ops.call import call, refuse_gradient
 
 __all__ = [
     "compress_positions",
@@ -21,6 +21,8 @@ __all__ = [
     "renumber_positions",
     "scatter_tokens",
     "scatter_tokens_",
+    "text_rows",
+    "tile_rows",
 ]
 
 
@@ -42,6 +44,42 @@ def merge_tokens(embeds: Tensor, tokens: Tensor, source: Tensor) -> Tensor:
         RuntimeError: shapes, devices or dtypes do not fit, or an entry of ``source`` is out of range.
     """
     return call(torch.ops.vico.merge_tokens, embeds, tokens.to(embeds.dtype), source)
+
+
+def text_rows(embeds: Tensor, source: Tensor, token_rows: int) -> Tensor:
+    """:func:`merge_tokens` but for the rows of tokens, which are left to others to write; for inference.
+
+    Args:
+        embeds: ``[R, H]`` float32, float64, bfloat16 or float16.
+        source: ``[N]`` int64: -1 is a zero row, [0, R) a row of ``embeds``, [R, R + T) one that is left.
+        token_rows: T.
+
+    Returns:
+        ``[N, H]``, dtype of ``embeds``. What was in memory before is in the rows that are left.
+
+    Raises:
+        ValueError: a gradient would be lost.
+        RuntimeError: shapes, devices or dtypes do not fit, or an entry of ``source`` is out of range.
+    """
+    refuse_gradient("text_rows leaves rows unwritten", "merge_tokens", embeds=embeds)
+    return torch.ops.vico.text_rows(embeds, source, token_rows)
+
+
+def tile_rows(source: Tensor, cu_tokens: Tensor, embed_rows: int) -> Tensor:
+    """Where each tile's tokens begin among the rows that ``source`` lays out.
+
+    Args:
+        source: ``[N]`` int64 as of :func:`compress_positions`, flattened.
+        cu_tokens: ``[P + 1]`` int64, the offsets of the tiles' tokens, ascending from 0.
+        embed_rows: R, the first number of a token in ``source``.
+
+    Returns:
+        ``[P]`` int64, for each tile t the row i with source[i] == R + cu_tokens[t]; its other tokens follow there.
+
+    Raises:
+        RuntimeError: a tile's tokens are not in ``source`` one after another, or shapes, dtypes or devices do not fit.
+    """
+    return torch.ops.vico.tile_rows(source, cu_tokens, embed_rows)
 
 
 def gather_tokens(embeds: Tensor, index: Tensor) -> Tensor:
@@ -92,11 +130,7 @@ def scatter_tokens_(embeds: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
         ValueError: a gradient would be lost.
         RuntimeError: an index is out of range or named twice, or shapes do not fit.
     """
-    if torch.is_grad_enabled() and (embeds.requires_grad or tokens.requires_grad):
-        raise ValueError(
-            "scatter_tokens_ writes in place and has no gradient, but embeds or tokens require one: "
-            "use scatter_tokens, or torch.no_grad()"
-        )
+    refuse_gradient("scatter_tokens_ writes in place", "scatter_tokens", embeds=embeds, tokens=tokens)
     torch.ops.vico.scatter_tokens_(embeds, index, tokens.to(embeds.dtype))
     return embeds
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vico_ext import functional as VF
-from vico_ext.functional.connector import check_plan, check_projection
+from vico_ext.functional.connector import check_out, check_plan, check_projection, place_tokens
+from vico_ext.functional.router import product_dtype
 from vico_ext.routing import RoutingPlan
 
 __all__ = ["FusedConnector"]
@@ -99,12 +100,22 @@ class FusedConnector(nn.Module):
             nn.Linear(2 * h, h, **kw),
         )
 
-    def forward(self, vit_tokens: Tensor, plan: RoutingPlan | None = None) -> Tensor:
+    def forward(
+        self,
+        vit_tokens: Tensor,
+        plan: RoutingPlan | None = None,
+        *,
+        out: Tensor | None = None,
+        first_row: Tensor | None = None,
+    ) -> Tensor:
         """The language model's visual tokens.
 
         Args:
             vit_tokens: ``[P, 1 + N, V]`` with the CLS token in front (``has_cls=False``: ``[P, N, V]``), any strides.
             plan: the routing plan of these P tiles, with N / 4 and N / 16 tokens; None for N / 4 from every tile.
+            out: with a plan and for inference, ``[rows, H]`` in the dtype of the result, of any row stride: the rows
+                are written into it, and it is returned. :func:`vico_ext.connect_visual_tokens` does so.
+            first_row: ``[P]`` int64, with ``out``: tile t's tokens go to its rows from first_row[t] on.
 
         Returns:
             With a plan ``[T, H]``, packed in tile order: tile t's tokens are rows plan.cu_tokens[t] ..
@@ -112,7 +123,8 @@ class FusedConnector(nn.Module):
 
         Raises:
             TypeError: ``plan`` is no plan, or 16-bit tokens meet weights of another dtype without autocast.
-            ValueError: the plan is not of these tiles, or the tokens do not fill the grid.
+            ValueError: the plan is not of these tiles, the tokens do not fill the grid, ``out`` comes without
+                ``first_row`` or a plan, or a gradient would be lost in it.
         """
         if self._is_fusible():
             norm, dropout = _layers(self.mlp1)[0], _layers(self.mlp2)[3]
@@ -128,14 +140,32 @@ class FusedConnector(nn.Module):
                 ps_version=self.ps_version,
                 projection=self.projection,
                 folded=self.folded_weights,
+                out=out,
+                first_row=first_row,
             )
+        check_out(out, first_row, plan)
         if plan is None:
             return self._run_layers(self.mlp1, vit_tokens, 2, None)
         check_plan(vit_tokens, plan, self.has_cls)
         full_index, compressed_index = plan.order.split([plan.full_tiles, plan.compressed_tiles])
         full = self._run_layers(self.mlp1, vit_tokens, 2, full_index)
         compressed = self._run_layers(self.mlp2, vit_tokens, 4, compressed_index)
-        return VF.pack_tokens(full, compressed, plan)
+        if out is not None:  # the layers may have a dtype of their own
+            full, compressed = full.to(out.dtype), compressed.to(out.dtype)
+        return place_tokens(full, compressed, plan, out, first_row)
+
+    def writes_rows(self, vit_tokens: Tensor, like: Tensor) -> bool:
+        """Whether a call with an ``out`` like this tensor writes there what a call without it returns.
+
+        Not where a gradient is recorded, the dtype is not that of the projections, or the module is another class or
+        has hooks, which may want the result itself.
+        """
+        if not _is_plain(self, FusedConnector) or product_dtype(vit_tokens) != like.dtype:
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        # Replaced layers may record what is no parameter of theirs.
+        return self._is_fusible() and not any(t.requires_grad for t in (vit_tokens, like, *self.parameters()))
 
     # Folded weights see most changes by themselves; these free their memory, and catch what is written through
     # weight.data while the module trains.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["call"]
+__all__ = ["call", "refuse_gradient"]
 
 # What torch.library itself steps below its formulas with.
 _BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
@@ -22,3 +23,14 @@ def call(op: Any, *args: Any) -> Any:
         return op(*args)
     with _BelowAutograd():
         return op(*args)
+
+
+def refuse_gradient(what: str, instead: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError where an op that has no gradient would lose one that torch is recording.
+
+    ``what`` the function does, ``instead`` what is differentiable; ``tensors`` under the names the user knows.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values()):
+        *names, last = tensors
+        among = f"{', '.join(names)} or {last} require" if names else f"{last} requires"
+        raise ValueError(f"{what} and has no gradient, but {among} one: use {instead}, or torch.no_grad()")

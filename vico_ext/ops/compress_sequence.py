@@ -27,3 +27,8 @@ def _(input_ids: Tensor, keep: Tensor, placeholder: int, length: int, pad_left: 
 @torch.library.register_fake("vico::renumber_positions")
 def _(position_ids: Tensor, position: Tensor) -> Tensor:
     return position.new_empty(position.shape)
+
+
+@torch.library.register_fake("vico::tile_rows")
+def _(source: Tensor, cu_tokens: Tensor, embed_rows: int) -> Tensor:
+    return source.new_empty(cu_tokens.shape[0] - 1)

@@ -97,15 +97,15 @@ def _chunks(
 
     weights = weight.split(size)
     count = len(weights)
+
+    def logits(words: int) -> Tensor:
+        return weight.new_empty(block, words, dtype=dtype)
+
+    def of_gradient(words: int) -> Tensor | None:
+        return None if gradient is None else gradient[: block * words].view(block, words)
+
     return [
-        _Chunk(
-            w,
-            ref_w,
-            b,
-            ref_b,
-            *(w.new_empty(block, len(w), dtype=dtype) for _ in range(2)),
-            None if gradient is None else gradient[: block * len(w)].view(block, len(w)),
-        )
+        _Chunk(w, ref_w, b, ref_b, logits(len(w)), logits(len(w)), of_gradient(len(w)))
         for w, ref_w, b, ref_b in zip(weights, ref_weight.split(size), split(bias), split(ref_bias), strict=True)
     ]
 

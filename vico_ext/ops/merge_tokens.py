@@ -15,6 +15,11 @@ def _(embeds: Tensor, tokens: Tensor, source: Tensor) -> Tensor:
     return embeds.new_empty(source.shape[0], embeds.shape[1])
 
 
+@torch.library.register_fake("vico::text_rows")
+def _(embeds: Tensor, source: Tensor, token_rows: int) -> Tensor:
+    return embeds.new_empty(source.shape[0], embeds.shape[1])
+
+
 @torch.library.register_fake("vico::merge_tokens_backward")
 def _(
     grad_out: Tensor, source: Tensor, embed_rows: int, token_rows: int, need_embeds: bool, need_tokens: bool

@@ -23,6 +23,19 @@ def _(
     return full.new_empty(rows, full.shape[2])
 
 
+@torch.library.register_fake("vico::pack_tokens_")
+def _(
+    out: Tensor,
+    full: Tensor,
+    compressed: Tensor,
+    full_bias: Tensor | None,
+    compressed_bias: Tensor | None,
+    first_row: Tensor,
+    order: Tensor,
+) -> None:
+    return None
+
+
 @torch.library.register_fake("vico::pack_tokens_backward")
 def _(
     grad_out: Tensor, cu_tokens: Tensor, order: Tensor, full_tiles: int, full_tokens: int, compressed_tokens: int

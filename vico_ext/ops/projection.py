@@ -1,4 +1,4 @@
-"""projection and packed_projection: fake kernels and gradients, composed of torch's products and the existing ops."""
+"""projection and its packed ops: fake kernels and gradients, composed of torch's products and the existing ops."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ def _(
 ) -> Tensor:
     rows = full.shape[0] * full.shape[1] + compressed.shape[0] * compressed.shape[1]
     return full.new_empty(rows, full_weight.shape[0])
+
+
+@torch.library.register_fake("vico::packed_projection_")
+def _(
+    out: Tensor,
+    full: Tensor,
+    full_weight: Tensor,
+    full_bias: Tensor | None,
+    compressed: Tensor,
+    compressed_weight: Tensor,
+    compressed_bias: Tensor | None,
+    first_row: Tensor,
+    order: Tensor,
+) -> None:
+    return None
 
 
 def _linear_grads(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

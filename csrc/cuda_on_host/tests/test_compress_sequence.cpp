@@ -217,6 +217,49 @@ COH_CASE(positions) {
   }
 }
 
+COH_CASE(tiles) {
+  coh::Random random(6);
+  for (const int64_t embed_rows : {0, 7}) {
+    for (const int64_t tiles : {0, 1, 5, 40}) {
+      for (const int64_t text : {1, 30, 9000}) {  // rows between tiles, up to more than a chunk of the scan
+        std::vector<int64_t> source, cu_tokens = {0}, wanted;
+        for (int64_t t = 0; t < tiles; ++t) {
+          for (int64_t n = random.below(3) ? 0 : random.below(text + 1); n > 0; --n) {
+            source.push_back(embed_rows > 0 && random.below(5) ? random.below(embed_rows) : -1);
+          }
+          const int64_t tokens = random.below(4) ? 5 : 1 + random.below(900);
+          wanted.push_back(static_cast<int64_t>(source.size()));
+          for (int64_t j = 0; j < tokens; ++j) source.push_back(embed_rows + cu_tokens.back() + j);
+          cu_tokens.push_back(cu_tokens.back() + tokens);
+        }
+        for (int64_t n = random.below(9); n > 0; --n) source.push_back(-1);
+        Buffer<int64_t> sources(source.size()), offsets(cu_tokens.size()), out(wanted.size());
+        fill(sources, source);
+        fill(offsets, cu_tokens);
+        vico::TileRowsParams p;
+        p.rows = static_cast<int64_t>(source.size());
+        p.tiles = tiles;
+        p.embed_rows = embed_rows;
+        p.source = sources.data();
+        p.cu_tokens = offsets.data();
+        p.out = out.data();
+        vico::tile_rows_cuda(p, nullptr);
+        expect_equal(out, wanted, "rows of tiles");
+        if (tiles != 5) continue;
+        const auto refuses = [&](int64_t& value, int64_t bad) {
+          const int64_t good = value;
+          value = bad;
+          expect_refusal([&] { vico::tile_rows_cuda(p, nullptr); }, "source must hold the tokens of tile ");
+          value = good;
+        };
+        refuses(sources[static_cast<size_t>(wanted[2])], -1);  // its first token
+        refuses(sources[static_cast<size_t>(wanted[2] + cu_tokens[3] - cu_tokens[2] - 1)], embed_rows);  // its last
+        for (int64_t bad : {int64_t{-1}, offsets[3], p.rows + 1, INT64_MAX, INT64_MIN}) refuses(offsets[2], bad);
+      }
+    }
+  }
+}
+
 COH_CASE(renumber) {
   coh::Random random(5);
   for (const auto& [rows, length] : sizes()) {

@@ -86,6 +86,40 @@ void forward() {
   }
 }
 
+// text_rows: rows of tokens stay as they were.
+template <class T>
+void text() {
+  coh::Random random(4);
+  for (const MergeProblem& p : merge_problems()) {
+    Rows<T> embeds(p.embed_rows, p, random), out(static_cast<int64_t>(p.source.size()), {1, 0, p.hidden}, random);
+    Rows<T> before(out.rows, {1, 0, p.hidden}, random);
+    if (out.data.size() > 0) {
+      std::memcpy(static_cast<void*>(before.data.data()), out.data.data(), out.data.size() * sizeof(T));
+    }
+    Buffer<int64_t> source(p.source.size());
+    fill(source, p.source);
+    vico::MergeTokensParams params;
+    params.rows = out.rows;
+    params.embed_rows = p.embed_rows;
+    params.token_rows = p.token_rows;
+    params.hidden = p.hidden;
+    params.embed_stride = p.hidden + p.padding;
+    params.element_size = sizeof(T);
+    params.embeds = reinterpret_cast<const char*>(embeds.data.data());
+    params.source = source.data();
+    params.out = reinterpret_cast<char*>(out.data.data());
+    vico::merge_tokens_cuda(params, nullptr);
+    for (int64_t i = 0; i < out.rows; ++i) {
+      const int64_t s = p.source[static_cast<size_t>(i)];
+      for (int64_t c = 0; c < p.hidden; ++c) {
+        const T wanted = s < 0 ? T{} : s < p.embed_rows ? embeds.at(s, c) : before.at(i, c);
+        expect(same(out.at(i, c), wanted), "row %lld channel %lld", static_cast<long long>(i),
+               static_cast<long long>(c));
+      }
+    }
+  }
+}
+
 template <class T>
 void backward() {
   using A = vico::accumulate_t<T>;
@@ -187,6 +221,9 @@ void scatter() {
 COH_CASE(forward_16_bits) { forward<uint16_t>(); }
 COH_CASE(forward_32_bits) { forward<float>(); }
 COH_CASE(forward_64_bits) { forward<double>(); }
+COH_CASE(text_16_bits) { text<uint16_t>(); }
+COH_CASE(text_32_bits) { text<float>(); }
+COH_CASE(text_64_bits) { text<double>(); }
 COH_CASE(backward_bfloat16) { backward<vico::BFloat16>(); }
 COH_CASE(backward_half) { backward<vico::Half>(); }
 COH_CASE(backward_float) { backward<float>(); }
@@ -218,6 +255,8 @@ COH_CASE(bad_sources) {
   expect_refusal([&] { vico::merge_tokens_backward_cuda(b, nullptr); },
                  "source must lie in [-1, 2), got 2 at position 1");
   source[1] = -2;
+  expect_refusal([&] { vico::merge_tokens_cuda(p, nullptr); }, "source must lie in [-1, 2), got -2 at position 1");
+  p.tokens = nullptr;
   expect_refusal([&] { vico::merge_tokens_cuda(p, nullptr); }, "source must lie in [-1, 2), got -2 at position 1");
 }
 
