@@ -1,8 +1,10 @@
 """Functions on tensors: what the modules are made of. Shapes: P tiles, N tokens per tile, V ViT width, H LLM width."""
 
-from vico_ext.functional.connector import bias_gelu, connector, pack_tokens, pack_tokens_
+from vico_ext.functional.bias_gelu import bias_gelu
+from vico_ext.functional.connector import connector
 from vico_ext.functional.consistency import ConsistencyLossOutput, consistency_loss
 from vico_ext.functional.folded import FoldedLinear, FoldedWeights, fold_layer_norm
+from vico_ext.functional.pack import pack_tokens, pack_tokens_
 from vico_ext.functional.router import attention_pool, router_gate, router_pool, skinny_linear
 from vico_ext.functional.routing import budget_route, checked_probabilities, plan_tokens, released_route
 from vico_ext.functional.shuffle import normalized_shuffle, pixel_shuffle

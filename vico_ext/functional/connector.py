@@ -3,187 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vico_ext.functional.autocast import cast_for_product
+from vico_ext.functional.bias_gelu import bias_gelu_of_temporary, dropout_seed
+from vico_ext.functional.branch import Branch
 from vico_ext.functional.folded import FoldedLinear, FoldedWeights, first_layer, runs_folded
-from vico_ext.functional.router import _cast
+from vico_ext.functional.pack import check_out, check_plan, place_tokens
 from vico_ext.functional.shuffle import normalized_shuffle
 from vico_ext.ops.call import call, refuse_gradient
 from vico_ext.routing import RoutingPlan
 
-__all__ = ["bias_gelu", "connector", "pack_tokens", "pack_tokens_"]
+__all__ = ["connector"]
 
 PROJECTIONS = ("torch", "fused", "folded")
 
 # Names of the released checkpoints: LayerNorm, then the Linears, of the connector at each rate.
 _FULL = ("mlp1.0", "mlp1.1", "mlp1.3")
 _COMPRESSED = ("mlp2.0", "mlp2.1", "mlp2.4", "mlp2.7")
-
-
-def _dropout_seed(dropout_p: float, training: bool, device: torch.device) -> Tensor | None:
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-    if not training or dropout_p == 0:
-        return None
-    # From torch's default generator: torch.manual_seed governs it, and activation checkpointing restores it. On the
-    # device of the tensors, so that a CUDA graph draws anew in every replay.
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-def bias_gelu(x: Tensor, bias: Tensor | None = None, *, dropout_p: float = 0.0, training: bool = False) -> Tensor:
-    """dropout(gelu(x + bias)) in one pass, with the exact GELU z Phi(z).
-
-    Equivalent to ``F.dropout(F.gelu(x + bias), dropout_p, training)``; the mask is drawn by Philox4x32-10 and drawn
-    again, not stored, for the backward pass.
-
-    Args:
-        x: ``[..., H]``.
-        bias: ``[H]``, dtype of ``x``, or float32 beside 16-bit ``x``; or None.
-        dropout_p: probability of an element becoming zero; the others are scaled by 1 / (1 - dropout_p).
-        training: whether dropout is applied.
-
-    Returns:
-        Shape and dtype of ``x``, contiguous.
-
-    Raises:
-        ValueError: ``dropout_p`` is no probability.
-    """
-    seed = _dropout_seed(dropout_p, training, x.device)
-    return call(torch.ops.vico.bias_gelu, x, bias, seed, 0.0 if seed is None else dropout_p)
-
-
-def _bias_gelu_of_temporary(x: Tensor, bias: Tensor, dropout_p: float, training: bool) -> Tensor:
-    """:func:`bias_gelu` of a tensor that nobody else holds: in place, unless a gradient needs its old values."""
-    if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
-        return bias_gelu(x, bias, dropout_p=dropout_p, training=training)
-    seed = _dropout_seed(dropout_p, training, x.device)
-    call(torch.ops.vico.bias_gelu_, x, bias, seed, 0.0 if seed is None else dropout_p)
-    return x
-
-
-def pack_tokens(
-    full: Tensor,
-    compressed: Tensor,
-    plan: RoutingPlan,
-    full_bias: Tensor | None = None,
-    compressed_bias: Tensor | None = None,
-) -> Tensor:
-    """Both connectors' tokens, each plus its bias, as one packed sequence in tile order.
-
-    Args:
-        full: ``[F, n, H]``, tokens of the tiles that stay whole, in the order of ``plan.order``.
-        compressed: ``[K, m, H]``, tokens of the compressed tiles, likewise; dtype of ``full``.
-        plan: the routing plan of these F + K tiles.
-        full_bias: ``[H]`` added to the rows of ``full``, in their dtype, or float32 beside 16-bit rows; or None.
-        compressed_bias: likewise for ``compressed``.
-
-    Returns:
-        ``[F n + K m, H]``: tile t's tokens are rows plan.cu_tokens[t] .. plan.cu_tokens[t + 1].
-
-    Raises:
-        ValueError: the plan has another number of tiles of either kind, or of tokens per tile.
-    """
-    _check_rows(full, compressed, plan)
-    return call(torch.ops.vico.pack_tokens, full, compressed, full_bias, compressed_bias, plan.cu_tokens, plan.order)
-
-
-def pack_tokens_(
-    out: Tensor,
-    full: Tensor,
-    compressed: Tensor,
-    plan: RoutingPlan,
-    first_row: Tensor,
-    full_bias: Tensor | None = None,
-    compressed_bias: Tensor | None = None,
-) -> Tensor:
-    """:func:`pack_tokens` into rows of ``out``, in place, which is returned; for inference.
-
-    Args:
-        out: ``[rows, H]``, dtype of ``full``, of any row stride; shares no memory with what is read. Rows that are no
-            tile's stay as they are.
-        full: see :func:`pack_tokens`, as for ``compressed``, ``plan`` and the biases.
-        first_row: ``[F + K]`` int64: tile t's tokens are written to the rows of ``out`` from first_row[t] on. No two
-            tiles may share a row.
-
-    Raises:
-        ValueError: a gradient would be lost, and whatever :func:`pack_tokens` raises.
-        RuntimeError: a tile's rows lie outside ``out`` or are another's too, or shapes, dtypes or devices do not fit.
-    """
-    _check_rows(full, compressed, plan)
-    tensors = {"full": full, "compressed": compressed, "full_bias": full_bias, "compressed_bias": compressed_bias}
-    refuse_gradient("pack_tokens_ writes in place", "pack_tokens", out=out, **tensors)
-    torch.ops.vico.pack_tokens_(out, *tensors.values(), first_row, plan.order)
-    return out
-
-
-def _check_rows(full: Tensor, compressed: Tensor, plan: RoutingPlan) -> None:
-    """Raises ValueError unless the rows are those of the plan's tiles."""
-    for name, tokens, tiles, per_tile in (
-        ("full", full, plan.full_tiles, plan.tokens[0]),
-        ("compressed", compressed, plan.compressed_tiles, plan.tokens[1]),
-    ):
-        if tokens.dim() != 3 or tokens.shape[0] != tiles or tokens.shape[1] != per_tile:
-            raise ValueError(
-                f"{name} must have shape [{tiles}, {per_tile}, H] for this plan of {plan.tiles} tiles, "
-                f"{plan.compressed_tiles} of them compressed, got {list(tokens.shape)}: is it the plan of another "
-                "batch?"
-            )
+_ABSENT = (None, None, None)  # a connector that takes no part in a projection
 
 
 def check_projection(projection: str) -> None:
     """Raises ValueError where there is no such projection."""
     if projection not in PROJECTIONS:
         raise ValueError(f"projection must be 'torch', 'fused' or 'folded', got {projection!r}")
-
-
-def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
-    """Raises TypeError or ValueError unless ``plan`` is a plan of the tiles in ``tokens`` [P, has_cls + N, V]."""
-    if not isinstance(plan, RoutingPlan):
-        raise TypeError(f"plan must be a RoutingPlan (see plan_routing), got {type(plan).__name__}")
-    if tokens.dim() != 3:
-        raise ValueError(f"tokens must have shape [tiles, tokens, channels], got {list(tokens.shape)}")
-    if plan.tiles != tokens.shape[0]:
-        raise ValueError(
-            f"the plan routes {plan.tiles} tiles, but tokens hold {tokens.shape[0]} (shape {list(tokens.shape)}): "
-            "is it the plan of another batch?"
-        )
-    patches = tokens.shape[1] - int(has_cls)
-    wanted = (patches // 4, patches // 16)
-    if plan.tokens[0] != wanted[0] or plan.tokens[1] != wanted[1]:
-        raise ValueError(
-            f"the plan gives {plan.tokens[0]} or {plan.tokens[1]} tokens to a tile, but {patches} patch tokens per "
-            f"tile make {wanted[0]} or {wanted[1]}: is it the plan of another batch? (plan_routing's tokens={wanted})"
-        )
-
-
-def check_out(out: Tensor | None, first_row: Tensor | None, plan: RoutingPlan | None) -> None:
-    """Raises ValueError unless ``out``, ``first_row`` and ``plan`` of :func:`connector` go together."""
-    if (out is None) != (first_row is None):
-        raise ValueError(
-            f"out and first_row go together, got {'out' if first_row is None else 'first_row'} alone: first_row says "
-            "where in out each tile's tokens go"
-        )
-    if out is not None and plan is None:
-        raise ValueError("out needs a plan, whose tiles it takes, got None")
-
-
-def place_tokens(
-    full: Tensor,
-    compressed: Tensor,
-    plan: RoutingPlan,
-    out: Tensor | None,
-    first_row: Tensor | None,
-    full_bias: Tensor | None = None,
-    compressed_bias: Tensor | None = None,
-) -> Tensor:
-    """:func:`pack_tokens`, or :func:`pack_tokens_` where there is an ``out``."""
-    if out is None or first_row is None:
-        return pack_tokens(full, compressed, plan, full_bias, compressed_bias)
-    return pack_tokens_(out, full, compressed, plan, first_row, full_bias, compressed_bias)
 
 
 def _check_dtype(tokens: Tensor, weights: Mapping[str, Tensor]) -> None:
@@ -265,92 +113,147 @@ def connector(
             ``out`` comes without ``first_row`` or a plan, or a gradient would be lost in it.
         KeyError: a parameter is missing from ``weights``.
     """
-
     check_projection(projection)
-
-    def parameters(name: str) -> tuple[Tensor, Tensor]:
-        return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-    def normalized(name: str, rate: int, tile_index: Tensor | None) -> Tensor:
-        return normalized_shuffle(
-            tokens,
-            *parameters(name),
-            rate,
-            eps=eps,
-            grid=grid,
-            tile_index=tile_index,
-            has_cls=has_cls,
-            ps_version=ps_version,
-        )
-
-    def run(names: tuple[str, ...], rate: int, tile_index: Tensor | None, dropout_p: float, add_bias: bool) -> Tensor:
-        norm, *inner, last = names
-        x = normalized(norm, rate, tile_index)
-        for name in inner:
-            weight, bias = parameters(name)
-            # One name for input and output, so that the input is freed as soon as autograd allows.
-            x = F.linear(x, weight)
-            x = _bias_gelu_of_temporary(x, bias, dropout_p, training)
-        weight, bias = parameters(last)
-        return F.linear(x, weight, bias if add_bias else None)
-
-    def layer(name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight, bias = parameters(name)
-        return _cast(x), _cast(weight), bias
-
     check_out(out, first_row, plan)
     _check_dtype(tokens, weights)
+    if plan is not None:
+        check_plan(tokens, plan, has_cls)
+    c = _Call(tokens, weights, dropout_p, training, eps, grid, has_cls, ps_version)
+    if projection == "torch":
+        return _by_torch(c, plan, out, first_row)
     keeper = None
     if projection == "folded":
         used = _FULL if plan is None else _FULL + _COMPRESSED
         drops = plan is not None and training and dropout_p > 0
-        if runs_folded(tokens, [t for name in used for t in parameters(name)], drops):
+        if runs_folded(tokens, [t for name in used for t in c.parameters(name)], drops):
             keeper = FoldedWeights() if folded is None else folded
+    if plan is None:
+        return _full_by_own(c, keeper)
+    return _both_by_own(c, keeper, plan, out, first_row)
 
-    def folded_layer(names: tuple[str, ...]) -> FoldedLinear | None:
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one call of :func:`connector` was given."""
+
+    tokens: Tensor
+    weights: Mapping[str, Tensor]
+    dropout_p: float
+    training: bool
+    eps: float
+    grid: tuple[int, int] | None
+    has_cls: bool
+    ps_version: str
+
+    def parameters(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
+    def layer(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A Linear's arguments as the projection ops take them."""
+        weight, bias = self.parameters(name)
+        return cast_for_product(x), cast_for_product(weight), bias
+
+    def normalized(self, name: str, rate: int, tile_index: Tensor | None) -> Tensor:
+        return normalized_shuffle(
+            self.tokens,
+            *self.parameters(name),
+            rate,
+            eps=self.eps,
+            grid=self.grid,
+            tile_index=tile_index,
+            has_cls=self.has_cls,
+            ps_version=self.ps_version,
+        )
+
+    def folded(self, names: tuple[str, ...], keeper: FoldedWeights | None) -> FoldedLinear | None:
+        """The LayerNorm and first Linear of ``names`` as one."""
         if keeper is None:
             return None
-        return keeper.layer(names[1], parameters(names[0]), parameters(names[1]), tokens.dtype)
+        return keeper.layer(names[1], self.parameters(names[0]), self.parameters(names[1]), self.tokens.dtype)
 
-    absent = (None, None, None)
-    layout: dict[str, Any] = {"eps": eps, "grid": grid, "has_cls": has_cls, "ps_version": ps_version}
-    if plan is None:
-        if projection == "torch":
-            return run(_FULL, 2, None, 0.0, True)
-        first = folded_layer(_FULL)
-        if first is not None:
-            full, _ = first_layer(tokens, first, 2, tile_index=None, **layout)
-        else:
-            full = normalized(_FULL[0], 2, None)
-            full, _ = call(torch.ops.vico.projection, *layer(_FULL[1], full), *absent, True)
-        full, _ = call(torch.ops.vico.projection, *layer(_FULL[2], full), *absent, False)
-        return full
-    check_plan(tokens, plan, has_cls)
-    # split and not slices: with a number of tiles that torch.compile does not know, these are of that very number.
-    full_tiles, compressed_tiles = plan.order.split([plan.full_tiles, plan.compressed_tiles])
-    if projection == "torch":
-        full = run(_FULL, 2, full_tiles, 0.0, False)
-        compressed = run(_COMPRESSED, 4, compressed_tiles, dropout_p, False)
-        return place_tokens(full, compressed, plan, out, first_row, weights["mlp1.3.bias"], weights["mlp2.7.bias"])
-
-    def dropout() -> tuple[Tensor | None, float]:
-        seed = _dropout_seed(dropout_p, training, tokens.device)
-        return seed, 0.0 if seed is None else dropout_p
-
-    # The connector with one layer more begins alone; then both go together.
-    first, first_compressed = folded_layer(_FULL), folded_layer(_COMPRESSED)
-    if first is not None and first_compressed is not None:
-        compressed, _ = first_layer(tokens, first_compressed, 4, tile_index=compressed_tiles, **layout)
-        rows = layer(_COMPRESSED[2], compressed)
-        full, compressed = first_layer(tokens, first, 2, tile_index=full_tiles, rows=rows, **layout)
-    else:
-        compressed = normalized(_COMPRESSED[0], 4, compressed_tiles)
-        _, compressed = call(torch.ops.vico.projection, *absent, *layer(_COMPRESSED[1], compressed), True, *dropout())
-        full = normalized(_FULL[0], 2, full_tiles)
-        full, compressed = call(
-            torch.ops.vico.projection, *layer(_FULL[1], full), *layer(_COMPRESSED[2], compressed), True, *dropout()
+    def first(
+        self,
+        folded: FoldedLinear,
+        rate: int,
+        tile_index: Tensor | None,
+        rows: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return first_layer(
+            self.tokens,
+            folded,
+            rate,
+            eps=self.eps,
+            grid=self.grid,
+            tile_index=tile_index,
+            has_cls=self.has_cls,
+            ps_version=self.ps_version,
+            rows=rows,
         )
-    last = (*layer(_FULL[2], full), *layer(_COMPRESSED[3], compressed))
+
+    def dropout(self) -> tuple[Tensor | None, float]:
+        seed = dropout_seed(self.dropout_p, self.training, self.tokens.device)
+        return seed, 0.0 if seed is None else self.dropout_p
+
+
+def _tiles(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+    """The tiles that stay whole, and those that are compressed."""
+    # split and not slices: with a number of tiles that torch.compile does not know, these are of that very number.
+    full, compressed = plan.order.split([plan.full_tiles, plan.compressed_tiles])
+    return full, compressed
+
+
+def _by_torch(c: _Call, plan: RoutingPlan | None, out: Tensor | None, first_row: Tensor | None) -> Tensor:
+    """torch's products, and an epilogue of our own after each."""
+
+    def run(names: tuple[str, ...], rate: int, tile_index: Tensor | None, dropout_p: float, add_bias: bool) -> Tensor:
+        norm, *inner, last = names
+        x = c.normalized(norm, rate, tile_index)
+        for name in inner:
+            weight, bias = c.parameters(name)
+            # One name for input and output, so that the input is freed as soon as autograd allows.
+            x = F.linear(x, weight)
+            x = bias_gelu_of_temporary(x, bias, dropout_p, c.training)
+        weight, bias = c.parameters(last)
+        return F.linear(x, weight, bias if add_bias else None)
+
+    if plan is None:
+        return run(_FULL, 2, None, 0.0, True)
+    full_tiles, compressed_tiles = _tiles(plan)
+    with Branch(c.tokens) as branch:
+        compressed = run(_COMPRESSED, 4, compressed_tiles, c.dropout_p, False)
+    full = run(_FULL, 2, full_tiles, 0.0, False)
+    branch.join(compressed)
+    return place_tokens(full, compressed, plan, out, first_row, c.weights["mlp1.3.bias"], c.weights["mlp2.7.bias"])
+
+
+def _full_by_own(c: _Call, keeper: FoldedWeights | None) -> Tensor:
+    """The 256-token connector on every tile, by our own GEMMs."""
+    first = c.folded(_FULL, keeper)
+    if first is not None:
+        x, _ = c.first(first, 2, None)
+    else:
+        rows = c.layer(_FULL[1], c.normalized(_FULL[0], 2, None))
+        x, _ = call(torch.ops.vico.projection, *rows, *_ABSENT, True)
+    x, _ = call(torch.ops.vico.projection, *c.layer(_FULL[2], x), *_ABSENT, False)
+    return x
+
+
+def _both_by_own(
+    c: _Call, keeper: FoldedWeights | None, plan: RoutingPlan, out: Tensor | None, first_row: Tensor | None
+) -> Tensor:
+    """Both connectors by our own GEMMs: the one with one layer more begins alone, then both go together."""
+    projection = torch.ops.vico.projection
+    full_tiles, compressed_tiles = _tiles(plan)
+    first, first_compressed = c.folded(_FULL, keeper), c.folded(_COMPRESSED, keeper)
+    if first is not None and first_compressed is not None:
+        compressed, _ = c.first(first_compressed, 4, compressed_tiles)
+        full, compressed = c.first(first, 2, full_tiles, c.layer(_COMPRESSED[2], compressed))
+    else:
+        rows = c.layer(_COMPRESSED[1], c.normalized(_COMPRESSED[0], 4, compressed_tiles))
+        _, compressed = call(projection, *_ABSENT, *rows, True, *c.dropout())
+        rows = c.layer(_FULL[1], c.normalized(_FULL[0], 2, full_tiles))
+        full, compressed = call(projection, *rows, *c.layer(_COMPRESSED[2], compressed), True, *c.dropout())
+    last = (*c.layer(_FULL[2], full), *c.layer(_COMPRESSED[3], compressed))
     if out is None:
         return call(torch.ops.vico.packed_projection, *last, plan.cu_tokens, plan.order)
     names = ("full", "full_weight", "full_bias", "compressed", "compressed_weight", "compressed_bias")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vico_ext.functional.router import _cast
+from vico_ext.functional.autocast import cast_for_product
 
 __all__ = ["ConsistencyLossOutput", "consistency_loss"]
 
@@ -118,9 +118,13 @@ def consistency_loss(
         )
     weights = _weights(hidden, labels, mask, token_weights, ignore_index)
     positions = hidden.shape[:-1]
-    hidden, weight, bias = _cast(hidden), _cast(weight), None if bias is None else _cast(bias)
-    ref_hidden, ref_weight = _cast(ref_hidden.detach()), _cast(ref_weight.detach())
-    ref_bias = None if ref_bias is None else _cast(ref_bias.detach())
+    hidden, weight, bias = (
+        cast_for_product(hidden),
+        cast_for_product(weight),
+        None if bias is None else cast_for_product(bias),
+    )
+    ref_hidden, ref_weight = cast_for_product(ref_hidden.detach()), cast_for_product(ref_weight.detach())
+    ref_bias = None if ref_bias is None else cast_for_product(ref_bias.detach())
     train = torch.is_grad_enabled()
     total, token_loss, lse, ref_lse, *_ = torch.ops.vico.consistency_loss(
         hidden.reshape(-1, hidden.shape[-1]),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vico_ext._load import _C
+from vico_ext.functional.autocast import cast_for_product
 from vico_ext.ops.call import call
 
 __all__ = ["attention_pool", "router_gate", "router_pool", "skinny_linear"]
@@ -22,19 +23,6 @@ _MOST_ROWS = {torch.float32: 32, torch.float64: 24, torch.bfloat16: 64, torch.fl
 Attention = tuple[Tensor, Tensor, Tensor, Tensor]
 Norm = tuple[Tensor, Tensor]
 Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def product_dtype(t: Tensor) -> torch.dtype:
-    """The dtype in which torch's own matrix products would take the tensor: autocast's, but float64 stays."""
-    device = t.device.type
-    if t.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return t.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def _cast(t: Tensor) -> Tensor:
-    """The tensor as torch's own matrix products would take it: cast under autocast, float64 left alone."""
-    return t.to(product_dtype(t))
 
 
 def attention_pool(tokens: Tensor, query: Tensor, *, has_cls: bool = True) -> Tensor:
@@ -68,7 +56,7 @@ def attention_pool(tokens: Tensor, query: Tensor, *, has_cls: bool = True) -> Te
             f"query must have shape [tiles or 1, heads, channels] = [{tokens.shape[0]} or 1, *, {tokens.shape[2]}], "
             f"got {list(query.shape)}"
         )
-    return _attention_pool(_cast(tokens), _cast(query), int(has_cls))
+    return _attention_pool(cast_for_product(tokens), cast_for_product(query), int(has_cls))
 
 
 def _attention_pool(tokens: Tensor, query: Tensor, skip: int) -> Tensor:
@@ -99,8 +87,8 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-    x, weight = _cast(x), _cast(weight)
-    bias = bias if bias is None else _cast(bias)
+    x, weight = cast_for_product(x), cast_for_product(weight)
+    bias = bias if bias is None else cast_for_product(bias)
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or rows > _MOST_ROWS.get(x.dtype, 0):
         return F.linear(x, weight, bias)
@@ -178,7 +166,7 @@ def router_pool(
         )
     if channels % num_heads:
         raise ValueError(f"num_heads must divide the channels, got {num_heads} heads for {channels} channels")
-    tokens, query = _cast(tokens), _cast(query_token)
+    tokens, query = cast_for_product(tokens), cast_for_product(query_token)
     if tokens.dtype != query.dtype:
         raise TypeError(
             f"tokens must have the dtype of the router's weights, {query.dtype}, got {tokens.dtype}: cast the tokens "
@@ -202,7 +190,7 @@ def router_pool(
 
 def _absorbed(attn: Attention, heads: int) -> tuple[Tensor, ...]:
     """W_q [V, V], b_q [V], and per head W_k^T [heads, V, d], W_v [heads, d, V], b_v [heads, d]; W_out, b_out."""
-    in_weight, in_bias, out_weight, out_bias = (_cast(t) for t in attn)
+    in_weight, in_bias, out_weight, out_bias = (cast_for_product(t) for t in attn)
     w_query, w_key, w_value = in_weight.chunk(3)
     b_query, _, b_value = in_bias.chunk(3)
     # Not unflatten: torch 2.11 cannot compile it where a default device is set.
@@ -239,12 +227,12 @@ def router_gate(
     layers = [t for block in blocks for t in block]
     if (dropout == 0 or not training) and _as_one_call(pooled, [*layers, *gate]):
         return torch.ops.vico.router_gate(pooled, layers, list(gate), eps, probability)
-    x = _cast(pooled)
+    x = cast_for_product(pooled)
     for w1, b1, w2, b2, *norm in blocks:
-        h = F.dropout(F.gelu(_linear(x, _cast(w1), _cast(b1))), dropout, training)
-        h = F.dropout(_linear(h, _cast(w2), _cast(b2)), dropout, training)
+        h = F.dropout(F.gelu(_linear(x, cast_for_product(w1), cast_for_product(b1))), dropout, training)
+        h = F.dropout(_linear(h, cast_for_product(w2), cast_for_product(b2)), dropout, training)
         x = x + _layer_norm(h, (norm[0], norm[1]), eps)
-    logits = _linear(_layer_norm(x, gate[:2], eps), _cast(gate[2]), _cast(gate[3]))
+    logits = _linear(_layer_norm(x, gate[:2], eps), cast_for_product(gate[2]), cast_for_product(gate[3]))
     if not probability:
         return logits
     return logits.softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)[:, 0]

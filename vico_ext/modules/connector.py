@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vico_ext import functional as VF
-from vico_ext.functional.connector import check_out, check_plan, check_projection, place_tokens
-from vico_ext.functional.router import product_dtype
+from vico_ext.functional.autocast import product_dtype
+from vico_ext.functional.connector import check_projection
+from vico_ext.functional.pack import check_out, check_plan, place_tokens
 from vico_ext.routing import RoutingPlan
 
 __all__ = ["FusedConnector"]
