@@ -51,14 +51,18 @@ def _note(entry: dict[str, Any], gemms: dict[tuple[str, int], float]) -> str:
         notes.append(f"{times['gemms']['p50'] / ours:.2f}× as fast as the bare GEMMs by cuBLAS")
     if "folded" in times:
         notes.append(f"norms folded in {times['folded']['p50'] * 1e6:.0f}")
+    if "reduce_overhead" in times:
+        notes.append(f"by torch.compile's own graph {times['reduce_overhead']['p50'] * 1e6:.0f}")
     if "eager" in times:
         notes.append(f"without a graph {times['eager']['p50'] * 1e6:.0f}")
     if entry.get("peak_bytes"):
         peak = entry["peak_bytes"]
         notes.append(f"peak memory {peak['vico_ext'] / 2**20:.0f} MiB, {peak['vico_ext'] / peak['released']:.2f}×")
     if "all256" in times:
-        share = times["visual"]["p50"] / ours
-        notes.append(f"{times['all256']['p50'] / ours:.2f}× the all-256 model, visual side {100 * share:.1f}%")
+        shares = [f"{100 * times[name]['p50'] / ours:.1f}%" for name in ("visual", "visual_graph") if name in times]
+        notes.append(
+            f"{times['all256']['p50'] / ours:.2f}× the all-256 model, visual side {', as a graph '.join(shares)}"
+        )
     if (target := TARGETS.get((entry["case"], entry["size"]))) is not None:
         notes.append(f"target {target}")
     return "; ".join(notes) or "–"

@@ -168,7 +168,8 @@ def run_case(measured: Measured, timer: Timer, smoke: bool) -> dict[str, Any]:
     with torch.device(timer.device):
         contenders = case.build(size, case.tiles)
     if smoke:
-        contenders.pop("compiled", None)
+        for name in ("compiled", "reduce_overhead"):
+            contenders.pop(name, None)
     entry: dict[str, Any] = {"case": case.name, "size": case.size.name, "tiles": case.tiles, "queued": measured.queued}
     if measured.least is not None:  # a copy that moves as many bytes, among the contenders
         source = torch.ones(int(measured.least(size, case.tiles)) // 2, dtype=torch.uint8, device=timer.device)
