@@ -118,6 +118,8 @@ def _take(values: Tensor, position: Tensor, fill: int, *, padded: bool = True) -
     """values.flatten()[position], `fill` where position is -1; not `padded`: it is nowhere."""
     if not padded:
         return values.reshape(-1)[position]
+    if values.numel() == 0:  # rows of no length, padded
+        return values.new_full(position.shape, fill)
     return values.reshape(-1)[position.clamp_min(0)].masked_fill(position < 0, fill)
 
 
