@@ -4,6 +4,7 @@
 #include "common/device.cuh"
 #include "common/layer_norm.h"
 #include "common/pack.cuh"
+#include "common/replay.h"
 #include "router_gate/router_gate.h"
 #include "skinny_linear/skinny_linear.h"
 
@@ -50,9 +51,7 @@ LayerNormParams norm(const RouterGateParams& p, const void* x, const void* weigh
   return n;
 }
 
-}  // namespace
-
-void router_gate_cuda(const RouterGateParams& p, cudaStream_t stream) {
+void launch_layers(const RouterGateParams& p, cudaStream_t stream) {
   const void* x = p.x;
   for (int64_t i = 0; i < p.block_count; ++i) {
     const RouterGateBlock& b = p.blocks[i];
@@ -83,6 +82,22 @@ void router_gate_cuda(const RouterGateParams& p, cudaStream_t stream) {
     launch_early(true, first_class_kernel<T>, dim3(blocks), dim3(kClassThreads), 0, stream,
                  static_cast<const T*>(p.logits), static_cast<accumulate_t<T>*>(p.probability), p.rows, p.classes);
   });
+}
+
+LaunchKey key_of(const RouterGateParams& p) {
+  LaunchKey key(&router_gate_cuda, p.dtype, p.rows, p.channels, p.classes, p.x, p.block_count, p.norm_weight,
+                p.norm_bias, p.weight, p.bias, p.eps, p.logits, p.probability, p.hidden, p.update, p.parts, p.current);
+  for (int64_t i = 0; i < p.block_count; ++i) {
+    const RouterGateBlock& b = p.blocks[i];
+    key.add(b.up_weight, b.up_bias, b.down_weight, b.down_bias, b.norm_weight, b.norm_bias, b.hidden);
+  }
+  return key;
+}
+
+}  // namespace
+
+void router_gate_cuda(const RouterGateParams& p, cudaStream_t stream) {
+  replayed(key_of(p), stream, [&](cudaStream_t s) { launch_layers(p, s); });
 }
 
 }  // namespace vico

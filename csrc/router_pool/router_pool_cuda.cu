@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/layer_norm.h"
+#include "common/replay.h"
 #include "router_pool/router_pool.h"
 #include "skinny_linear/skinny_linear.h"
 
@@ -87,12 +88,25 @@ void router_round(const RouterPoolParams& p, const RouterAttention& a, const voi
   layer_norm_cuda(norm, stream);
 }
 
+LaunchKey key_of(const RouterPoolParams& p) {
+  const AttentionPoolShape& s = p.shape;
+  LaunchKey key(&router_pool_cuda, s.dtype, s.tiles, s.count, s.channels, s.heads, s.cuda_chunk, p.tokens,
+                p.tile_stride, p.token_stride, p.query_token, p.eps, p.pooled, p.rows[0], p.rows[1], p.heads[0],
+                p.heads[1], p.lse, p.partial);
+  for (const RouterAttention* a : {&p.first, &p.later}) {
+    key.add(a->in_weight, a->in_bias, a->out_weight, a->out_bias, a->norm_weight, a->norm_bias);
+  }
+  return key;
+}
+
 }  // namespace
 
 void router_pool_cuda(const RouterPoolParams& p, cudaStream_t stream) {
   if (p.shape.tiles == 0) return;
-  router_round(p, p.first, p.query_token, 1, p.pooled, false, stream);
-  for (int round = 2; round <= 4; ++round) router_round(p, p.later, p.pooled, p.shape.tiles, p.pooled, true, stream);
+  replayed(key_of(p), stream, [&](cudaStream_t s) {
+    router_round(p, p.first, p.query_token, 1, p.pooled, false, s);
+    for (int round = 2; round <= 4; ++round) router_round(p, p.later, p.pooled, p.shape.tiles, p.pooled, true, s);
+  });
 }
 
 }  // namespace vico

@@ -1,6 +1,7 @@
 // The softmax at router_gate's end against plain loops in double. Its layers are other rooms' kernels, with programs of
 // their own; python_tests/test_router.py runs the whole.
 #include "common/layer_norm_cuda.cu"
+#include "common/replay_cuda.cu"
 #include "cuda_on_host/tests/dtype_of.h"
 #include "cuda_on_host/tests/harness.h"
 #include "router_gate/router_gate_cuda.cu"
