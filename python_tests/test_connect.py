@@ -295,7 +295,7 @@ def test_a_connector_writes_its_rows_and_nothing_else(projection, replaced):
     want, out = buffer.clone(), buffer[:, :H]
     with torch.no_grad():
         rows = problem.connector(problem.vit_tokens, problem.plan).split([4, 16, 4, 16])
-        assert problem.connector(problem.vit_tokens, problem.plan, out=out, first_row=first_row) is out
+        assert problem.connector(problem.vit_tokens, problem.plan, destination=lambda: (out, first_row)) is out
     for row, tile in zip(first_row.tolist(), rows, strict=True):
         want[row : row + len(tile), :H] = tile
     assert torch.equal(buffer, want)
@@ -309,16 +309,12 @@ def test_bad_destinations(replaced, projection):
     if replaced:
         connector.mlp1[2] = nn.SiLU()
     out, first_row = torch.zeros(20, H), torch.tensor([0, 4])
-    with pytest.raises(ValueError, match="out and first_row go together, got out alone"):
-        connector(tokens, plan, out=out)
-    with pytest.raises(ValueError, match="out and first_row go together, got first_row alone"):
-        connector(tokens, plan, first_row=first_row)
-    with pytest.raises(ValueError, match="out needs a plan, whose tiles it takes, got None"):
-        connector(tokens, out=out, first_row=first_row)
+    with pytest.raises(ValueError, match="destination needs a plan, whose tiles' rows it places, got None"):
+        connector(tokens, destination=lambda: (out, first_row))
     with pytest.raises(ValueError, match=r"written in place|writes in place.* or torch.no_grad\(\)"):
-        connector(tokens, plan, out=out, first_row=first_row)
+        connector(tokens, plan, destination=lambda: (out, first_row))
     with torch.no_grad(), pytest.raises(RuntimeError, match=rf"out must have shape .* = \[\*, {H}\], got \[20, 9\]"):
-        connector(tokens, plan, out=out[:, :9], first_row=first_row)
+        connector(tokens, plan, destination=lambda: (out[:, :9], first_row))
 
 
 # ---- what torch does to it

@@ -329,8 +329,15 @@ def connect_visual_tokens(
     _check_embeds(inputs_embeds, input_ids)
     if not (isinstance(connector, FusedConnector) and connector.writes_rows(vit_tokens, inputs_embeds)):
         return merge_visual_tokens(inputs_embeds, connector(vit_tokens, plan), input_ids, plan, **options)
-    sequence = compress_sequence(input_ids, plan, **options)
-    hidden = inputs_embeds.shape[-1]
-    rows = functional.text_rows(inputs_embeds.reshape(-1, hidden), sequence.source.flatten(), plan.total_tokens)
-    connector(vit_tokens, plan, out=rows, first_row=sequence.tile_rows(plan))
-    return replace(sequence, inputs_embeds=rows.view(*sequence.source.shape, hidden))
+    made: list[CompressedSequence] = []
+
+    def destination() -> tuple[Tensor, Tensor]:
+        sequence = compress_sequence(input_ids, plan, **options)
+        rows = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
+        text = functional.text_rows(rows, sequence.source.flatten(), plan.total_tokens)
+        made.append(sequence)
+        return text, sequence.tile_rows(plan)
+
+    rows = connector(vit_tokens, plan, destination=destination)
+    (sequence,) = made
+    return replace(sequence, inputs_embeds=rows.view(*sequence.source.shape, rows.shape[-1]))

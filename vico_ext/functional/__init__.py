@@ -4,7 +4,7 @@ from vico_ext.functional.bias_gelu import bias_gelu
 from vico_ext.functional.connector import connector
 from vico_ext.functional.consistency import ConsistencyLossOutput, consistency_loss
 from vico_ext.functional.folded import FoldedLinear, FoldedWeights, fold_layer_norm
-from vico_ext.functional.pack import pack_tokens, pack_tokens_
+from vico_ext.functional.pack import Destination, pack_tokens, pack_tokens_
 from vico_ext.functional.router import attention_pool, router_gate, router_pool, skinny_linear
 from vico_ext.functional.routing import budget_route, checked_probabilities, plan_tokens, released_route
 from vico_ext.functional.shuffle import normalized_shuffle, pixel_shuffle
@@ -22,6 +22,7 @@ from vico_ext.functional.tokens import (
 
 __all__ = [
     "ConsistencyLossOutput",
+    "Destination",
     "FoldedLinear",
     "FoldedWeights",
     "attention_pool",

@@ -13,7 +13,7 @@ from vico_ext.functional.autocast import cast_for_product
 from vico_ext.functional.bias_gelu import bias_gelu_of_temporary, dropout_seed
 from vico_ext.functional.branch import Branch
 from vico_ext.functional.folded import FoldedLinear, FoldedWeights, first_layer, runs_folded
-from vico_ext.functional.pack import check_out, check_plan, place_tokens
+from vico_ext.functional.pack import Destination, check_destination, check_plan, place_tokens
 from vico_ext.functional.shuffle import normalized_shuffle
 from vico_ext.ops.call import call, refuse_gradient
 from vico_ext.routing import RoutingPlan
@@ -59,8 +59,7 @@ def connector(
     ps_version: str = "v2",
     projection: str = "torch",
     folded: FoldedWeights | None = None,
-    out: Tensor | None = None,
-    first_row: Tensor | None = None,
+    destination: Destination | None = None,
 ) -> Tensor:
     """ViT tokens to the language model's visual tokens; with a plan, only the chosen connector runs on each tile.
 
@@ -91,9 +90,9 @@ def connector(
             dropout applied, under torch.compile, or where tokens are cast, it runs as "fused" does.
         folded: what keeps the folded weights between calls, see there for which changes it sees; by default they are
             made anew in each call, which takes longer than "folded" saves.
-        out: with a plan and for inference, ``[rows, H]`` in the dtype of the projections, of any row stride: the last
-            layer writes into it, and it is returned. Rows that are no tile's stay as they are.
-        first_row: ``[P]`` int64, with ``out``: tile t's tokens go to its rows from first_row[t] on.
+        destination: with a plan and for inference: called before the last layer for ``out``, ``[rows, H]`` in the dtype
+            of the projections, of any row stride, which that layer writes into and which is returned, and
+            ``first_row``, ``[P]`` int64: tile t's tokens go to its rows from first_row[t] on. Others stay as they are.
 
     Returns:
         With a plan ``[T, H]``, T = plan.total_tokens, packed in tile order; without, ``[P, N / 4, H]``. Dtype of the
@@ -110,17 +109,17 @@ def connector(
     Raises:
         TypeError: ``plan`` is no plan, or 16-bit tokens meet weights of another dtype without autocast.
         ValueError: the plan is not of these tiles, the tokens do not fill the grid, there is no such projection,
-            ``out`` comes without ``first_row`` or a plan, or a gradient would be lost in it.
+            ``destination`` comes without a plan, or a gradient would be lost in it.
         KeyError: a parameter is missing from ``weights``.
     """
     check_projection(projection)
-    check_out(out, first_row, plan)
+    check_destination(destination, plan)
     _check_dtype(tokens, weights)
     if plan is not None:
         check_plan(tokens, plan, has_cls)
     c = _Call(tokens, weights, dropout_p, training, eps, grid, has_cls, ps_version)
     if projection == "torch":
-        return _by_torch(c, plan, out, first_row)
+        return _by_torch(c, plan, destination)
     keeper = None
     if projection == "folded":
         used = _FULL if plan is None else _FULL + _COMPRESSED
@@ -129,7 +128,7 @@ def connector(
             keeper = FoldedWeights() if folded is None else folded
     if plan is None:
         return _full_by_own(c, keeper)
-    return _both_by_own(c, keeper, plan, out, first_row)
+    return _both_by_own(c, keeper, plan, destination)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +201,7 @@ def _tiles(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
     return full, compressed
 
 
-def _by_torch(c: _Call, plan: RoutingPlan | None, out: Tensor | None, first_row: Tensor | None) -> Tensor:
+def _by_torch(c: _Call, plan: RoutingPlan | None, destination: Destination | None) -> Tensor:
     """torch's products, and an epilogue of our own after each."""
 
     def run(names: tuple[str, ...], rate: int, tile_index: Tensor | None, dropout_p: float, add_bias: bool) -> Tensor:
@@ -222,8 +221,9 @@ def _by_torch(c: _Call, plan: RoutingPlan | None, out: Tensor | None, first_row:
     with Branch(c.tokens) as branch:
         compressed = run(_COMPRESSED, 4, compressed_tiles, c.dropout_p, False)
     full = run(_FULL, 2, full_tiles, 0.0, False)
+    place = None if destination is None else destination()
     branch.join(compressed)
-    return place_tokens(full, compressed, plan, out, first_row, c.weights["mlp1.3.bias"], c.weights["mlp2.7.bias"])
+    return place_tokens(full, compressed, plan, place, c.weights["mlp1.3.bias"], c.weights["mlp2.7.bias"])
 
 
 def _full_by_own(c: _Call, keeper: FoldedWeights | None) -> Tensor:
@@ -238,9 +238,7 @@ def _full_by_own(c: _Call, keeper: FoldedWeights | None) -> Tensor:
     return x
 
 
-def _both_by_own(
-    c: _Call, keeper: FoldedWeights | None, plan: RoutingPlan, out: Tensor | None, first_row: Tensor | None
-) -> Tensor:
+def _both_by_own(c: _Call, keeper: FoldedWeights | None, plan: RoutingPlan, destination: Destination | None) -> Tensor:
     """Both connectors by our own GEMMs: the one with one layer more begins alone, then both go together."""
     projection = torch.ops.vico.projection
     full_tiles, compressed_tiles = _tiles(plan)
@@ -254,9 +252,12 @@ def _both_by_own(
         rows = c.layer(_FULL[1], c.normalized(_FULL[0], 2, full_tiles))
         full, compressed = call(projection, *rows, *c.layer(_COMPRESSED[2], compressed), True, *c.dropout())
     last = (*c.layer(_FULL[2], full), *c.layer(_COMPRESSED[3], compressed))
-    if out is None:
+    if destination is None:
         return call(torch.ops.vico.packed_projection, *last, plan.cu_tokens, plan.order)
+    out, first_row = destination()
     names = ("full", "full_weight", "full_bias", "compressed", "compressed_weight", "compressed_bias")
-    refuse_gradient("out is written in place", "a call without it", out=out, **dict(zip(names, last, strict=True)))
+    refuse_gradient(
+        "destination is written in place", "a call without it", destination=out, **dict(zip(names, last, strict=True))
+    )
     torch.ops.vico.packed_projection_(out, *last, first_row, plan.order)
     return out

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from vico_ext.ops.call import call, refuse_gradient
 from vico_ext.routing import RoutingPlan
 
-__all__ = ["pack_tokens", "pack_tokens_"]
+__all__ = ["Destination", "pack_tokens", "pack_tokens_"]
+
+# Gives the ``out`` and ``first_row`` of pack_tokens_ when they are needed: what makes them can be launched behind the
+# layers that come before, which take the device longer than the host.
+Destination = Callable[[], tuple[Tensor, Tensor]]
 
 
 def pack_tokens(
@@ -100,27 +106,22 @@ def check_plan(tokens: Tensor, plan: RoutingPlan, has_cls: bool) -> None:
         )
 
 
-def check_out(out: Tensor | None, first_row: Tensor | None, plan: RoutingPlan | None) -> None:
-    """Raises ValueError unless ``out``, ``first_row`` and ``plan`` of :func:`connector` go together."""
-    if (out is None) != (first_row is None):
-        raise ValueError(
-            f"out and first_row go together, got {'out' if first_row is None else 'first_row'} alone: first_row says "
-            "where in out each tile's tokens go"
-        )
-    if out is not None and plan is None:
-        raise ValueError("out needs a plan, whose tiles it takes, got None")
+def check_destination(destination: Destination | None, plan: RoutingPlan | None) -> None:
+    """Raises ValueError unless ``destination`` and ``plan`` of :func:`vico_ext.functional.connector` go together."""
+    if destination is not None and plan is None:
+        raise ValueError("destination needs a plan, whose tiles' rows it places, got None")
 
 
 def place_tokens(
     full: Tensor,
     compressed: Tensor,
     plan: RoutingPlan,
-    out: Tensor | None,
-    first_row: Tensor | None,
+    place: tuple[Tensor, Tensor] | None,
     full_bias: Tensor | None = None,
     compressed_bias: Tensor | None = None,
 ) -> Tensor:
-    """:func:`pack_tokens`, or :func:`pack_tokens_` where there is an ``out``."""
-    if out is None or first_row is None:
+    """:func:`pack_tokens`, or :func:`pack_tokens_` where there is a place: ``out`` and ``first_row``."""
+    if place is None:
         return pack_tokens(full, compressed, plan, full_bias, compressed_bias)
+    out, first_row = place
     return pack_tokens_(out, full, compressed, plan, first_row, full_bias, compressed_bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vico_ext import functional as VF
 from vico_ext.functional.autocast import product_dtype
 from vico_ext.functional.connector import check_projection
-from vico_ext.functional.pack import check_out, check_plan, place_tokens
+from vico_ext.functional.pack import check_destination, check_plan
 from vico_ext.routing import RoutingPlan
 
 __all__ = ["FusedConnector"]
@@ -106,17 +106,16 @@ class FusedConnector(nn.Module):
         vit_tokens: Tensor,
         plan: RoutingPlan | None = None,
         *,
-        out: Tensor | None = None,
-        first_row: Tensor | None = None,
+        destination: VF.Destination | None = None,
     ) -> Tensor:
         """The language model's visual tokens.
 
         Args:
             vit_tokens: ``[P, 1 + N, V]`` with the CLS token in front (``has_cls=False``: ``[P, N, V]``), any strides.
             plan: the routing plan of these P tiles, with N / 4 and N / 16 tokens; None for N / 4 from every tile.
-            out: with a plan and for inference, ``[rows, H]`` in the dtype of the result, of any row stride: the rows
-                are written into it, and it is returned. :func:`vico_ext.connect_visual_tokens` does so.
-            first_row: ``[P]`` int64, with ``out``: tile t's tokens go to its rows from first_row[t] on.
+            destination: with a plan and for inference: gives ``out``, ``[rows, H]`` in the dtype of the result, of any
+                row stride, into which the rows are written and which is returned, and ``first_row``, ``[P]`` int64:
+                tile t's tokens go to its rows from first_row[t] on. :func:`vico_ext.connect_visual_tokens` has one.
 
         Returns:
             With a plan ``[T, H]``, packed in tile order: tile t's tokens are rows plan.cu_tokens[t] ..
@@ -124,8 +123,8 @@ class FusedConnector(nn.Module):
 
         Raises:
             TypeError: ``plan`` is no plan, or 16-bit tokens meet weights of another dtype without autocast.
-            ValueError: the plan is not of these tiles, the tokens do not fill the grid, ``out`` comes without
-                ``first_row`` or a plan, or a gradient would be lost in it.
+            ValueError: the plan is not of these tiles, the tokens do not fill the grid, ``destination`` comes without a
+                plan, or a gradient would be lost in it.
         """
         if self._is_fusible():
             norm, dropout = _layers(self.mlp1)[0], _layers(self.mlp2)[3]
@@ -141,22 +140,23 @@ class FusedConnector(nn.Module):
                 ps_version=self.ps_version,
                 projection=self.projection,
                 folded=self.folded_weights,
-                out=out,
-                first_row=first_row,
+                destination=destination,
             )
-        check_out(out, first_row, plan)
+        check_destination(destination, plan)
         if plan is None:
             return self._run_layers(self.mlp1, vit_tokens, 2, None)
         check_plan(vit_tokens, plan, self.has_cls)
         full_index, compressed_index = plan.order.split([plan.full_tiles, plan.compressed_tiles])
         full = self._run_layers(self.mlp1, vit_tokens, 2, full_index)
         compressed = self._run_layers(self.mlp2, vit_tokens, 4, compressed_index)
-        if out is not None:  # the layers may have a dtype of their own
-            full, compressed = full.to(out.dtype), compressed.to(out.dtype)
-        return place_tokens(full, compressed, plan, out, first_row)
+        if destination is None:
+            return VF.pack_tokens(full, compressed, plan)
+        out, first_row = destination()
+        # The layers may have a dtype of their own.
+        return VF.pack_tokens_(out, full.to(out.dtype), compressed.to(out.dtype), plan, first_row)
 
     def writes_rows(self, vit_tokens: Tensor, like: Tensor) -> bool:
-        """Whether a call with an ``out`` like this tensor writes there what a call without it returns.
+        """Whether a call with a ``destination`` like this tensor writes there what a call without it returns.
 
         Not where a gradient is recorded, the dtype is not that of the projections, or the module is another class or
         has hooks, which may want the result itself.
