@@ -35,7 +35,7 @@ half test_doors.py test_pixel_shuffle.py test_normalized_shuffle.py test_bias_ge
 first=$!
 bad=0
 half test_attention_pool.py test_skinny_linear.py test_compress_sequence.py test_connector.py test_router.py \
-  test_consistency.py test_connect.py test_folded_connector.py || bad=1
+  test_consistency.py test_consistency_kernels.py test_connect.py test_folded_connector.py || bad=1
 wait $first || bad=1
 cat "$work/first"
 echo "  cuda_host_doors: $(($(date +%s) - start)) s"
