@@ -13,8 +13,8 @@ from tolerance import LOW_PRECISION, assert_as_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vico_ext
-from vico_ext import _C, reference
 from vico_ext import functional as VF
+from vico_ext import reference
 from vico_ext.ops import consistency as implementation
 
 op = torch.ops.vico.consistency_loss
