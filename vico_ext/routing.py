@@ -101,8 +101,17 @@ class RoutingPlan:
         if compress.dim() != 1:
             raise ValueError(f"compress must have shape [tiles], got {list(compress.shape)}")
         cu_tokens, order = functional.plan_tokens(compress, *tokens)
-        count = size_on_host(compress.sum()) if compressed_tiles is None else compressed_tiles
-        return cls(compress, cu_tokens, order, count, tokens)
+        if compressed_tiles is None:
+            compressed_tiles = cls._count(compress, cu_tokens, tokens)
+        return cls(compress, cu_tokens, order, compressed_tiles, tokens)
+
+    @staticmethod
+    def _count(compress: Tensor, cu_tokens: Tensor, tokens: tuple[int, int]) -> int:
+        if torch.compiler.is_compiling():  # a number that torch is to reason about: with no arithmetic in it
+            return size_on_host(compress.sum())
+        # The last offset has it already: no kernel more before the host waits.
+        full, compressed = tokens
+        return (compress.shape[0] * full - size_on_host(cu_tokens[-1])) // (full - compressed)
 
     @property
     def tiles(self) -> int:
