@@ -305,20 +305,25 @@ def test_a_threshold_waits_once():
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other workers allocate on the same device")
 def test_all_memory_is_torchs():
-    """Whatever the device has less of after a hundred calls, torch's allocator has; nothing else may use it then."""
+    """Whatever the device has less of after many calls, torch's allocator has; nothing else may use it then.
+
+    But for what the driver keeps for the router's launches, a CUDA graph from the third call on: 2 MB on an H200, once.
+    """
     side = VisualSide(vico_ext.BudgetPolicy(fraction=0.5))
     run = [lambda name=name: _run(name, _ops()[name][1]) for name in OPS]
-    with torch.no_grad():
-        side()
-    for fn in run:
-        fn()
-    torch.cuda.synchronize()
-    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
-    for _ in range(20):
-        for fn in run:
-            fn()
-        with torch.no_grad():
-            side()
-    torch.cuda.synchronize()
-    taken = free - torch.cuda.mem_get_info()[0]
-    assert taken <= max(0, torch.cuda.memory_reserved() - reserved)
+
+    def taken(times: int) -> int:
+        """Bytes of the device that so many rounds take beside what torch's allocator has of them."""
+        torch.cuda.synchronize()
+        free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+        for _ in range(times):
+            for fn in run:
+                fn()
+            with torch.no_grad():
+                side()
+        torch.cuda.synchronize()
+        return free - torch.cuda.mem_get_info()[0] - max(0, torch.cuda.memory_reserved() - reserved)
+
+    taken(1)  # modules of kernels
+    assert taken(5) <= 8 << 20
+    assert taken(20) <= 0

@@ -6,7 +6,8 @@
 // The key holds all that the launches depend on: pointers, sizes, constants. Where the same key comes for the third
 // time the launches are captured, and from then on replayed: a loop whose tensors torch's allocator places where it did
 // before gets there. What is read through the pointers may change; a graph is a function of the key. Keys that do not
-// come again cost a comparison, and the least recently used of kMostGraphs give way.
+// come again cost a comparison, and the least recently used of kMostGraphs give way. The driver keeps memory for the
+// graphs, 2 MB for the router's two; what they read and write is the caller's.
 #pragma once
 
 #include <cstdint>
