@@ -32,5 +32,5 @@ cd "$work/python_tests"
 ATEN_CPU_CAPABILITY=default LD_PRELOAD="$preload" "$bin/python" -m pytest -q -x -p no:cacheprovider \
   test_pixel_shuffle.py test_normalized_shuffle.py test_bias_gelu.py test_pack_tokens.py test_attention_pool.py \
   test_skinny_linear.py test_routing_plan.py test_merge_tokens.py test_compress_sequence.py test_tokens.py test_connector.py test_router.py \
-  test_connect.py \
+  test_connect.py test_shuffled_projection.py test_consistency_kernels.py \
   -k 'not compile and not export and not opcheck and not distributed and not copies'

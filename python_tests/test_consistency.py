@@ -379,7 +379,7 @@ def test_memory_is_that_of_one_block():
         for words in (151_936, 262_144):
             assert implementation._block_size(4096, words, 4, 0, device) * words * 2 * 4 <= workspace
     sizes = [implementation._block_size(n, 151_936, 4, 0, "cuda") for n in (0, 1, 300, 4096, 5000)]
-    assert sizes == [0, 128, 384, 1024, 1024]
+    assert sizes == [0, 1, 300, 1024, 1024]
     assert implementation._block_size(4096, 151_936, 4, 100, "cuda") == 100
 
 

@@ -44,6 +44,7 @@ def test_gradient_in_16_bits(kind, dtype, words):
         (out.float(), "out must be bfloat16 or float16 beside float32 policy, got float32 beside float32"),
         (out[:, 1:], r"out must have shape \[rows, words\] = \[3, \d+\], got"),
         (out.t().contiguous().t(), "out must be contiguous"),
+        (policy.view(-1).view(dtype)[: 3 * words].view(3, words), "out must share no memory with policy or reference"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.consistency_gradient_(policy, reference_, state, beta, 1.0, bad)

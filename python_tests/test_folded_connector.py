@@ -230,6 +230,13 @@ def foreach_step(module):
     torch.optim.SGD(module.parameters(), lr=0.1, foreach=True).step()
 
 
+def fused_step(module):
+    """Changes the parameters without torch's counting it."""
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(module.parameters(), lr=0.1, fused=True).step()
+
+
 def in_inference_mode(module):
     with torch.inference_mode():
         module.mlp2[1].weight.mul_(1.5)
@@ -271,7 +278,17 @@ def vector_to_parameters(module):
     torch.nn.utils.vector_to_parameters(vector * 1.25, module.parameters())
 
 
-CHANGES = [optimizer_step, foreach_step, in_inference_mode, one_element, load, load_assigned, new_parameter, new_layer]
+CHANGES = [
+    optimizer_step,
+    foreach_step,
+    fused_step,
+    in_inference_mode,
+    one_element,
+    load,
+    load_assigned,
+    new_parameter,
+    new_layer,
+]
 CHANGES += [new_memory, a_detached_alias, vector_to_parameters]
 
 
@@ -285,6 +302,15 @@ def test_weights_that_change_are_folded_anew(change):
     change(module)
     again = check(module)
     assert any(again[name] is not first[name] for name in first)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_steps_of_others_change_nothing():
+    module, other = make(), torch.nn.Parameter(torch.ones(3))
+    first = check(module)
+    other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=0.1, fused=True).step()
+    assert all(a is b for a, b in zip(first.values(), check(module).values(), strict=True))
 
 
 @pytest.mark.usefixtures("everywhere")

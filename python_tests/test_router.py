@@ -192,6 +192,37 @@ def test_probability_is_the_softmax_of_the_logits(dtype):
     assert router(tokens[:0]).shape == (0,)
 
 
+class Wrapper(torch.nn.Module):
+    """As wrappers for checkpointing or sharding do it: everything goes on to the module inside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def __getitem__(self, i):
+        return self.inner[i]
+
+
+def test_parts_may_be_wrapped_and_put_in_again():
+    router, tokens = make_router(), torch.randn(2, 17, 32)
+    with torch.no_grad():
+        want = router(tokens)
+        pooling, gating = router.pooling_before_gating, router.gating
+        pooling.attn1, pooling.norm2 = Wrapper(pooling.attn1), Wrapper(pooling.norm2)
+        gating.block1, gating.gate = Wrapper(gating.block1), Wrapper(gating.gate)
+        block = gating.block2
+        del gating.block2
+        gating.block2 = block
+        gating.block3[0] = Wrapper(gating.block3[0])
+        assert torch.equal(router(tokens), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_deep_layers_of_the_gate(dtype):
     """Layers whose depth the CUDA kernels cut into parts: a row's bits do not depend on how many there are."""

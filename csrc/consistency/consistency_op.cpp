@@ -102,6 +102,8 @@ void consistency_gradient_op(Tensor policy, const Tensor& reference, const Tenso
                dtype_string(policy));
     check_shape(*out, {p.rows, p.columns}, "out", "[rows, words]", kOp);
     VICO_CHECK(out->is_contiguous(), kOp, "out must be contiguous");
+    VICO_CHECK(!may_share_memory(*out, policy) && !may_share_memory(*out, reference), kOp,
+               "out must share no memory with policy or reference");
     p.gradient = out->mutable_data_ptr();
   }
   if (policy.numel() == 0) return;

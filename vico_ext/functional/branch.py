@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,13 +24,21 @@ class Branch:
         branch.join(a)
     """
 
+    # One for each device: a stream of torch's pool might be in use, and every stream keeps memory of its own.
+    _side: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
     def __init__(self, like: Tensor) -> None:
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._context: torch.cuda.StreamContext | None = None
         if torch.compiler.is_compiling() or not like.is_cuda or torch.is_grad_enabled():
             return
-        if torch.cuda.is_current_stream_capturing():
-            self._streams = torch.cuda.current_stream(like.device), torch.cuda.Stream(like.device)
+        main = torch.cuda.current_stream(like.device)
+        with torch.cuda.stream(main):
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            if like.device not in self._side:
+                self._side[like.device] = torch.cuda.Stream(like.device)
+            self._streams = main, self._side[like.device]
 
     def __enter__(self) -> Branch:
         if self._streams is not None:
@@ -45,6 +54,8 @@ class Branch:
         if self._context is not None:
             self._context.__exit__(kind, error, traceback)
             self._context = None
+        if kind is not None:
+            self.join()  # or the end of the capture would fail too, and hide this error
 
     def join(self, *results: Tensor) -> None:
         """What comes after this may use ``results``, which the branch has made."""

@@ -83,8 +83,8 @@ def connector(
         ps_version: "v2", or "v1" of older models, which leaves the output grid transposed.
         projection: "torch", cuBLAS or the CPU's BLAS and an epilogue of our own; or "fused", on CUDA in 16 bits our own
             GEMMs with the epilogue in them, one launch per layer for both connectors, the last one writing the packed
-            order. At 8B sizes the two are about equal on an H100 (docs/kernels.md). "fused" takes one more product per
-            GELU in the backward pass, and elsewhere than on CUDA in 16 bits it runs as "torch" does. "folded" is
+            order, in 1.03 times "torch"'s time at 8B sizes on an H200 (docs/gpu.md). "fused" takes one more product
+            per GELU in the backward pass, and elsewhere than on CUDA in 16 bits it runs as "torch" does. "folded" is
             "fused" with the LayerNorms folded into the first Linears, which read the tokens through their shuffled
             view: no normalised rows, but their mean and 1 / std. It is for inference: where a gradient is recorded or
             dropout applied, under torch.compile, or where tokens are cast, it runs as "fused" does.

@@ -59,7 +59,7 @@ def consistency_loss(
 
     There is no factor temperature^2. Equivalent to :func:`vico_ext.reference.consistency_loss`, whose beta is 0, 1 and
     ``beta`` for the three. Tokens are taken in blocks and the vocabulary in chunks, with running log-sum-exps: memory
-    holds the logits of one block, at most 256 MiB for both models together, 1 GiB on a GPU (or of ``block_tokens``
+    holds the logits of one block, at most 256 MiB for both models together, 1.2 GiB on a GPU (or of ``block_tokens``
     tokens), however many tokens there are. Logits, sums and gradients are computed in float32 from 16-bit inputs.
 
     Gradients go to ``hidden``, ``weight`` and ``bias``. All that are wanted are computed in the forward pass, beside

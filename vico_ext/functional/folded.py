@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from vico_ext._load import _C
 from vico_ext.functional.shuffle import _grid_of, _is_transposed
@@ -57,19 +58,35 @@ def fold_layer_norm(
 
 
 class _Source:
-    """A tensor as it was: the same object (not another at its address), memory and number of changes."""
+    """A tensor as it was: the same object (not another at its address), memory, number of changes and of steps."""
+
+    _all: ClassVar[weakref.WeakSet[_Source]] = weakref.WeakSet()
+    _watched: ClassVar[bool] = False
 
     def __init__(self, t: Tensor) -> None:
         self._ref = weakref.ref(t)
         self._state = self._state_of(t)
+        self._stepped = False
+        self._all.add(self)
+        if not _Source._watched:
+            register_optimizer_step_post_hook(_Source._step)
+            _Source._watched = True
 
     @staticmethod
     def _state_of(t: Tensor) -> tuple[Any, ...]:
         # t.data = other, as Module.to() does it, is neither a new object nor a counted change.
         return t._version, t.data_ptr(), t.dtype, t.device, t.shape, t.stride()
 
+    @classmethod
+    def _step(cls, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """After an optimiser's step: fused ones change parameters without torch's counting it."""
+        if cls._all:
+            changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for source in cls._all:
+                source._stepped |= id(source._ref()) in changed
+
     def is_still(self, t: Tensor) -> bool:
-        return self._ref() is t and self._state == self._state_of(t)
+        return self._ref() is t and not self._stepped and self._state == self._state_of(t)
 
 
 class _Kept:
@@ -110,9 +127,10 @@ def _is_capturing(t: Tensor) -> bool:
 class FoldedWeights:
     """Folded layers, each made once for its weights: when first asked for, and again once one of those has changed.
 
-    Seen are another tensor in a weight's place, and all changes that torch counts or that move its memory: optimisers,
-    ``load_state_dict``, ``.to()``, ``copy_`` and the like. Not seen are values written through ``weight.data`` or by
-    other libraries into the same memory: call :meth:`clear` after those. Copies and pickles begin empty.
+    Seen are another tensor in a weight's place, steps of any torch optimiser, and all changes that torch counts or that
+    move its memory: ``load_state_dict``, ``.to()``, ``copy_`` and the like. Not seen are values written through
+    ``weight.data``, by collectives of torch.distributed, by a CUDA graph or by other libraries into the same memory:
+    call :meth:`clear` after those. Copies and pickles begin empty.
 
     A CUDA graph reads the folded weights that it was captured with, which are kept for it as long as this object: after
     a change of the weights, capture anew.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from vico_ext import functional as VF
 from vico_ext.functional.autocast import product_dtype
@@ -158,10 +159,11 @@ class FusedConnector(nn.Module):
     def writes_rows(self, vit_tokens: Tensor, like: Tensor) -> bool:
         """Whether a call with a ``destination`` like this tensor writes there what a call without it returns.
 
-        Not where a gradient is recorded, the dtype is not that of the projections, or the module is another class or
-        has hooks, which may want the result itself.
+        Not where a gradient is recorded, the dtype is not that of the projections, or the module is another class, is
+        compiled or has hooks, which may want the result itself.
         """
-        if not _is_plain(self, FusedConnector) or product_dtype(vit_tokens) != like.dtype:
+        watched = self._compiled_call_impl is not None or _global_forward_hooks or _global_forward_pre_hooks
+        if watched or not _is_plain(self, FusedConnector) or product_dtype(vit_tokens) != like.dtype:
             return False
         if not torch.is_grad_enabled():
             return True

@@ -142,11 +142,11 @@ class VisualResolutionRouter(nn.Module):
             has_cls=self.has_cls,
             eps=self.layer_norm_eps,
         )
-        *blocks, gate = gating._modules.values()
-        norm, classifier = gate._modules.values()  # type: ignore[union-attr]
+        parts: Any = gating._modules
+        norm, classifier = _layers(parts["gate"])
         return VF.router_gate(
             pooled,
-            [_block(block) for block in blocks],
+            [_block(parts[f"block{i}"]) for i in _ROUNDS],
             _affine(norm) + _affine(classifier),
             dropout=self.dropout,
             training=self.training,
@@ -160,8 +160,18 @@ def _parameter(module: Any, name: str) -> Tensor:
 
     A parametrisation, or sharding, may have put something else in its place.
     """
-    parameter = module._parameters.get(name)
-    return getattr(module, name) if parameter is None else parameter
+    parameters = module._parameters
+    if name in parameters:
+        parameter = parameters[name]  # not get: a library that shards parameters may have its own []
+        if parameter is not None:
+            return parameter
+    return getattr(module, name)
+
+
+def _layers(sequential: Any) -> list[Any]:
+    """The layers of an nn.Sequential, or of what wraps one and can be indexed."""
+    plain = type(sequential) is nn.Sequential
+    return list(sequential._modules.values()) if plain else list(sequential)
 
 
 def _affine(module: Any) -> tuple[Tensor, Tensor]:
@@ -172,10 +182,10 @@ def _attention(attn: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         _parameter(attn, "in_proj_weight"),
         _parameter(attn, "in_proj_bias"),
-        *_affine(attn._modules["out_proj"]),
+        *_affine(attn.out_proj),
     )
 
 
 def _block(block: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first, _, _, second, _, norm = block._modules.values()
+    first, _, _, second, _, norm = _layers(block)
     return *_affine(first), *_affine(second), *_affine(norm)

@@ -43,7 +43,7 @@ def _block_size(tokens: int, words: int, itemsize: int, wanted: int, device: str
     most -= most % tile
     blocks = -(-tokens // most)
     block = -(-tokens // max(1, blocks))
-    return -(-block // tile) * tile
+    return min(tokens, -(-block // tile) * tile)
 
 
 def _operand(t: Tensor) -> Tensor:
