@@ -338,8 +338,8 @@ OPS = [
     Case("attention_pool", B1, 1, attention_pool, rounds=41),
     Case("skinny_linear", B1, 8, skinny_linear, rounds=41),
     Case("skinny_linear", B1, 1, skinny_linear, rounds=41),
-    Case("consistency_loss_training", H64, 16, consistency_loss, rounds=5, memory=True),
-    Case("consistency_loss_training", H256, 16, consistency_loss, rounds=5, memory=True),
+    Case("consistency_loss_training", H64, 8, consistency_loss, rounds=5, memory=True),
+    Case("consistency_loss_training", H256, 8, consistency_loss, rounds=5, memory=True),
     Case("plan", B1, 8, plan, rounds=101),
     Case("plan", B1, 96, plan, rounds=101),
 ]
