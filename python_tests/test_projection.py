@@ -9,7 +9,7 @@ from device import DEVICE, ends_the_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES
-from tolerance import LOW_PRECISION, assert_as_accurate
+from tolerance import LOW_PRECISION, assert_as_accurate, assert_rounded
 
 import vico_ext
 from vico_ext import functional as VF
@@ -38,12 +38,6 @@ def eager(x, weight, bias, gelu):
     return F.gelu(z) if gelu else z
 
 
-def assert_close(got, exact, size=16.0):
-    """Off by a few roundings of values of ``size``: the products are of the order of 1, their sums somewhat larger."""
-    eps = torch.finfo(got.dtype).eps
-    torch.testing.assert_close(got.double(), exact, rtol=2 * eps, atol=size * eps)
-
-
 sizes = st.integers(0, 3)
 features = st.integers(1, 40) | st.sampled_from([64, 72, 136])
 
@@ -56,7 +50,7 @@ def test_any_shape(dtype, tiles, tokens, depth, columns, other_tiles, other_dept
     outs = op(*full, *compressed, gelu)
     for got, tensors in zip(outs, (full, compressed), strict=True):
         assert got.dtype == dtype
-        assert_close(got, eager(*double(tensors), gelu))
+        assert_rounded(got, eager(*double(tensors), gelu))
     none = (None, None, None)
     for i, (alone, other) in enumerate(((op(*full, *none, gelu), 1), (op(*none, *compressed, gelu), 0))):
         torch.testing.assert_close(alone[i], outs[i])
@@ -82,7 +76,7 @@ def test_dropout_is_that_of_bias_gelu(dtype):
     want = torch.ops.vico.bias_gelu(F.linear(x, weight), bias, seed, 0.3)
     assert torch.equal(got == 0, want == 0)
     exact = torch.ops.vico.bias_gelu(F.linear(x.double(), weight.double()), bias.double(), seed, 0.3)
-    assert_close(got, exact)
+    assert_rounded(got, exact)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -113,7 +107,7 @@ def test_packed(dtype, compress):
     layers = (F.linear(*double(tensors)) for tensors in (full, compressed))
     exact = VF.pack_tokens(*layers, plan)
     assert got.dtype == dtype
-    assert_close(got, exact)
+    assert_rounded(got, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -42,6 +42,12 @@ def assert_as_accurate(
     assert ours <= max(ratio * torchs, rounding), f"error {ours:.3e}, torch's own {torchs:.3e} in {got.dtype}"
 
 
+def assert_rounded(got: Tensor, exact: Tensor, size: float = 16.0) -> None:
+    """`got` is off `exact` (fp64) by a few roundings of values of ``size``, as sums of products of about 1 are."""
+    eps = torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), exact, rtol=2 * eps, atol=size * eps)
+
+
 def to_double(fn: Callable[..., Tensor], *args: object) -> Tensor:
     """fn on the same values in fp64."""
     return fn(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,8 @@ def connector(
     _check_dtype(tokens, weights)
     if plan is not None:
         check_plan(tokens, plan, has_cls)
-    c = _Call(tokens, weights, dropout_p, training, eps, grid, has_cls, ps_version)
+    layout = {"eps": eps, "grid": grid, "has_cls": has_cls, "ps_version": ps_version}
+    c = _Call(tokens, weights, dropout_p, training, layout)
     if projection == "torch":
         return _by_torch(c, plan, destination)
     keeper = None
@@ -139,10 +141,7 @@ class _Call:
     weights: Mapping[str, Tensor]
     dropout_p: float
     training: bool
-    eps: float
-    grid: tuple[int, int] | None
-    has_cls: bool
-    ps_version: str
+    layout: dict[str, Any]  # eps, grid, has_cls and ps_version, as normalized_shuffle takes them
 
     def parameters(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
@@ -153,16 +152,7 @@ class _Call:
         return cast_for_product(x), cast_for_product(weight), bias
 
     def normalized(self, name: str, rate: int, tile_index: Tensor | None) -> Tensor:
-        return normalized_shuffle(
-            self.tokens,
-            *self.parameters(name),
-            rate,
-            eps=self.eps,
-            grid=self.grid,
-            tile_index=tile_index,
-            has_cls=self.has_cls,
-            ps_version=self.ps_version,
-        )
+        return normalized_shuffle(self.tokens, *self.parameters(name), rate, tile_index=tile_index, **self.layout)
 
     def folded(self, names: tuple[str, ...], keeper: FoldedWeights | None) -> FoldedLinear | None:
         """The LayerNorm and first Linear of ``names`` as one."""
@@ -177,17 +167,7 @@ class _Call:
         tile_index: Tensor | None,
         rows: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return first_layer(
-            self.tokens,
-            folded,
-            rate,
-            eps=self.eps,
-            grid=self.grid,
-            tile_index=tile_index,
-            has_cls=self.has_cls,
-            ps_version=self.ps_version,
-            rows=rows,
-        )
+        return first_layer(self.tokens, folded, rate, tile_index=tile_index, rows=rows, **self.layout)
 
     def dropout(self) -> tuple[Tensor | None, float]:
         seed = dropout_seed(self.dropout_p, self.training, self.tokens.device)
